@@ -1,0 +1,49 @@
+# Everything a person types in a checkout. `make help` lists it.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+FIRMWARE ?= bios
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+export PYTHONDONTWRITEBYTECODE := 1
+
+.PHONY: help setup demo test lint bench lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+setup: $(VENV)/.ready ## install the Debian packages and the Python environment (safe to repeat)
+
+$(VENV)/.ready: requirements.lock requirements-dev.lock packages.txt pyproject.toml
+	@echo "==> Debian packages (packages.txt)"
+	@packages=$$(sed 's/#.*//' packages.txt); \
+	if dpkg-query -W -f='$${Status}\n' $$packages 2>/dev/null | grep -c '^install ok installed$$' | grep -qx "$$(wc -w <<<"$$packages")"; \
+	then echo "    all there"; \
+	else $(SUDO) apt-get update -qq && DEBIAN_FRONTEND=noninteractive $(SUDO) -E apt-get install -y -qq --no-install-recommends $$packages; fi
+	@echo "==> Python environment ($(VENV))"
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --require-hashes -r requirements.lock -r requirements-dev.lock
+	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: setup ## a real Debian machine dies and comes back (FIRMWARE=bios or uefi)
+	@$(BIN)/python -m lab.demo --firmware $(FIRMWARE)
+
+lint: setup ## ruff, mypy strict, import contracts
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+test: lint ## lint and every test ring, a full BIOS and a full UEFI recovery included
+	@$(BIN)/pytest
+
+bench: setup ## capture and restore beside their peers, in one run
+	@$(BIN)/python -m bench
+
+lock: ## resolve the Python requirements anew (needs uv)
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header pyproject.toml -o requirements.lock
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --group pyproject.toml:dev -c requirements.lock requirements-build.in -o requirements-dev.lock
+
+clean: ## remove what was built in the checkout (not the cache)
+	rm -rf out dist $(VENV)

@@ -1,0 +1,1 @@
+"""The graph of a machine's disks and layers: probe it, plan it onto other disks, apply it."""

@@ -1,0 +1,1 @@
+"""Objects by name: one contract, one file per kind of store, wrappers on the same contract."""

@@ -1,0 +1,69 @@
+"""The contract that every store keeps.
+
+A store holds immutable objects under names such as `packs/3f/3fa9…`: lower-case ASCII words of
+`[a-z0-9._-]`, separated by `/`, never starting with a dot. Objects are created once and never changed; a
+reader sees a whole object or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from remetal.errors import RemetalError
+
+
+class NotFoundError(RemetalError):
+    """The store has no object of that name."""
+
+
+class AlreadyExistsError(RemetalError):
+    """An object of that name is there already; it was left as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An object's name and its size in bytes."""
+
+    name: str
+    size: int
+
+
+Pieces = Sequence[bytes | memoryview]
+"""An object's bytes in order, in as many pieces as is convenient: nobody joins them just to write them."""
+
+
+@runtime_checkable
+class Store(Protocol):
+    """A place that keeps objects. All methods may be called from many threads at once.
+
+    Every method raises UnavailableError if the place cannot be reached or is full; the object is then either
+    whole or absent, and the same call may be tried again.
+    """
+
+    @property
+    def location(self) -> str:
+        """How a person names this place, as given to `--repo`, without credentials."""
+
+    def put(self, name: str, data: Pieces) -> None:
+        """Create an object. When this returns, the object survives a power cut.
+
+        The pieces are only read, and not kept after the call. Raises AlreadyExistsError if the name is
+        taken, even when two callers race for it: exactly one wins.
+        """
+
+    def get(self, name: str, *, start: int = 0, size: int | None = None) -> bytes:
+        """Return `size` bytes of an object from byte `start`; to its end if `size` is None.
+
+        A range that reaches behind the end returns what there is. Raises NotFoundError.
+        """
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        """Yield every object whose name starts with `prefix` (a folder: `packs/`), in the order of names."""
+
+    def delete(self, name: str) -> None:
+        """Remove an object; removing one that is not there is no error."""
+
+    def close(self) -> None:
+        """Let go of connections and handles; further calls are a mistake of the caller."""

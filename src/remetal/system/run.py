@@ -1,0 +1,226 @@
+"""The one gateway to other programs.
+
+A program gets an argv list (never a shell), a clean environment with `LC_ALL=C.UTF-8`, and no standard
+input unless the caller gives some. A failure raises `ProgramFailedError` with a command that can be pasted.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from remetal.errors import RefusedError, RemetalError
+
+Argv = Sequence[str | os.PathLike[str]]
+
+_KEPT = ("HOME", "TMPDIR", "TZ", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR")
+_SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+
+PACKAGES = {
+    "blkid": "util-linux",
+    "dumpe2fs": "e2fsprogs",
+    "efibootmgr": "efibootmgr",
+    "grub-install": "grub2-common",
+    "grub-mkimage": "grub-common",
+    "losetup": "mount",
+    "mcopy": "mtools",
+    "mdir": "mtools",
+    "mformat": "mtools",
+    "mkfs.vfat": "dosfstools",
+    "mksquashfs": "squashfs-tools",
+    "mkswap": "util-linux",
+    "mmdebstrap": "mmdebstrap",
+    "partclone.extfs": "partclone",
+    "partclone.fat": "partclone",
+    "partclone.xfs": "partclone",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "resize2fs": "e2fsprogs",
+    "xfs_growfs": "xfsprogs",
+    "xorriso": "xorriso",
+}
+"""Debian's package for a program that remetal may find missing."""
+
+
+class ProgramMissingError(RefusedError):
+    """A program that the work needs is not installed."""
+
+
+class ProgramFailedError(RemetalError):
+    """A program ended with an exit code that the caller did not allow."""
+
+    def __init__(self, argv: Sequence[str], returncode: int, stderr: str) -> None:
+        ending = f"was ended by signal {-returncode}" if returncode < 0 else f"failed with exit code {returncode}"
+        said = stderr.strip().splitlines()[-6:]
+        detail = ": " + " / ".join(line.strip() for line in said if line.strip()) if said else ""
+        super().__init__(f"{argv[0]} {ending}{detail}", hint=f"The command was: {shlex.join(argv)}")
+        self.argv = list(argv)
+        self.returncode = returncode
+        self.stderr = stderr
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """What a finished program left: its exit code and its whole output, as bytes."""
+
+    returncode: int
+    stdout: bytes
+    stderr: bytes
+
+    @property
+    def text(self) -> str:
+        """Standard output as text; undecodable bytes become replacement characters."""
+        return self.stdout.decode("utf-8", "replace")
+
+
+def find_program(name: str) -> str | None:
+    """Return the path of a program, or None; looks into the sbin folders even when PATH lacks them."""
+    return shutil.which(name, path=_search_path())
+
+
+def need_programs(*names: str) -> None:
+    """Raise ProgramMissingError that names every missing program and its Debian package at once."""
+    missing = [name for name in names if find_program(name) is None]
+    if missing:
+        packages = sorted({PACKAGES.get(name, name) for name in missing})
+        raise ProgramMissingError(
+            f"not installed: {', '.join(missing)}",
+            hint=f"On Debian or Ubuntu: apt-get install {' '.join(packages)}",
+        )
+
+
+def run(
+    argv: Argv,
+    *,
+    input: bytes | None = None,  # noqa: A002 - the standard library's own word for it
+    allowed: Sequence[int] = (0,),
+    timeout: float | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> Completed:
+    """Run a program to its end and return its output.
+
+    `allowed` are the exit codes that are not a failure; `timeout` is in seconds; `env` adds to the clean
+    environment. Raises ProgramMissingError, or ProgramFailedError for any other exit code or a timeout.
+    """
+    command = _resolve(argv)
+    try:
+        done = subprocess.run(
+            command,
+            input=input,
+            stdin=subprocess.DEVNULL if input is None else None,
+            capture_output=True,
+            timeout=timeout,
+            env=_environment(env),
+            cwd=cwd,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        stderr = (error.stderr or b"").decode("utf-8", "replace")
+        raise ProgramFailedError(command, -9, f"{stderr}\nno end within {timeout} s") from error
+    if done.returncode not in allowed:
+        raise ProgramFailedError(command, done.returncode, (done.stderr or done.stdout).decode("utf-8", "replace"))
+    return Completed(done.returncode, done.stdout, done.stderr)
+
+
+@contextmanager
+def start(
+    argv: Argv,
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    log: Path | None = None,
+    pass_fds: Sequence[int] = (),
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program beside us for the length of a `with` block; it is ended when the block is left.
+
+    Both outputs go to `log`, or are dropped. On leaving, SIGTERM, then after 5 s SIGKILL.
+    """
+    command = _resolve(argv)
+    with open(log or os.devnull, "ab") as output:  # noqa: PTH123 - os.devnull is no Path
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=_environment(env),
+            cwd=cwd,
+            pass_fds=pass_fds,
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@contextmanager
+def stream(argv: Argv, *, env: Mapping[str, str] | None = None) -> Iterator[Iterator[bytes]]:
+    """Run a program and read its standard output line by line while it works.
+
+    Raises ProgramFailedError on leaving the block if the program failed after its output was read to the end;
+    a block that is left early ends the program.
+    """
+    command = _resolve(argv)
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=_environment(env),
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    said: list[bytes] = []
+    listener = threading.Thread(target=lambda pipe: said.append(pipe.read()), args=(process.stderr,), daemon=True)
+    listener.start()
+    try:
+        yield iter(process.stdout)
+        whole = not process.stdout.read(1)
+    except BaseException:
+        process.kill()
+        raise
+    else:
+        if not whole:
+            process.kill()
+        returncode = process.wait()
+        listener.join()
+        if whole and returncode != 0:
+            raise ProgramFailedError(command, returncode, b"".join(said).decode("utf-8", "replace"))
+    finally:
+        process.wait()
+        listener.join()
+        process.stdout.close()
+        process.stderr.close()
+
+
+def _resolve(argv: Argv) -> list[str]:
+    command = [os.fspath(word) for word in argv]
+    if "/" not in command[0]:
+        found = find_program(command[0])
+        if found is None:
+            need_programs(command[0])
+            raise AssertionError("need_programs raises for a missing program")
+        command[0] = found
+    return command
+
+
+def _search_path() -> str:
+    folders = [*os.environ.get("PATH", os.defpath).split(os.pathsep), *_SBIN]
+    return os.pathsep.join(dict.fromkeys(folder for folder in folders if folder))
+
+
+def _environment(extra: Mapping[str, str] | None) -> dict[str, str]:
+    kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
+    return {"PATH": _search_path(), "LC_ALL": "C.UTF-8", "LANG": "C.UTF-8", **kept, **(extra or {})}
