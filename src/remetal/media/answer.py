@@ -1,0 +1,213 @@
+"""What an unattended recovery is told: an answer file, or the kernel's command line.
+
+An answer file is TOML, named `remetal-answer.toml`, at the top of an attached volume:
+
+    repository = "backup"                # a folder on the same volume
+    passphrase-file = "usb:KEYS/phrase"  # a file on the volume with the label KEYS
+    map = { sda = "serial:S4EVNX0M1" }
+    end = "poweroff"
+
+The kernel's command line says the same with `remetal.` in front:
+
+    remetal.repo=usb:BACKUP/backup remetal.passphrase-file=usb:KEYS/phrase remetal.end=reboot
+
+Both are parsed strictly: a word that is not understood is an error, never ignored.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+
+from remetal.errors import RefusedError, UsageError
+
+FILE_NAME = "remetal-answer.toml"
+MAX_SIZE = 64 * 1024
+"""Bytes that an answer file may have; a larger one is not an answer."""
+
+End: TypeAlias = Literal["shell", "reboot", "poweroff"]
+Mode: TypeAlias = Literal["auto", "dialogue", "shell"]
+_Text = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+_Seconds = Annotated[int, msgspec.Meta(ge=0, le=3600)]
+
+_HINT = "How an answer file looks is in the how-to 'Recover unattended'."
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
+    """Everything that an unattended recovery needs to know. Places are written as `Place` understands them.
+
+    `map` is a target for the only disk, or source disk = target. `pause` is how many seconds the plan is shown
+    before it is carried out. `repeat` lets the same snapshot be restored onto the same disks again.
+    """
+
+    repository: _Text
+    snapshot: _Text = "latest"
+    machine: _Text | None = None
+    map: _Text | dict[_Text, _Text] = msgspec.field(default_factory=dict)
+    passphrase: _Text | None = None
+    passphrase_file: _Text | None = None
+    kit_file: _Text | None = None
+    keep_sizes: bool = False
+    verify: bool = False
+    end: End = "shell"
+    log: _Text | None = None
+    pause: _Seconds = 5
+    repeat: bool = False
+
+
+class CommandLine(msgspec.Struct, frozen=True, kw_only=True):
+    """What the kernel's command line tells the recovery: `fields` override those of an answer file."""
+
+    mode: Mode = "auto"
+    answer: str | None = None
+    fields: dict[str, object] = {}
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """A file or folder: `path` on the volume with a label or a UUID, on the answer's own volume, or of this system.
+
+    `volume` is `label`, `uuid`, `own` or `system`; `key` is the label or the UUID.
+    """
+
+    volume: Literal["label", "uuid", "own", "system"]
+    key: str = ""
+    path: str = ""
+
+    def __str__(self) -> str:
+        prefix = {"label": f"usb:{self.key}/", "uuid": f"uuid:{self.key}/", "own": "", "system": ""}
+        return f"{prefix[self.volume]}{self.path}"
+
+
+def parse_answer(data: bytes, origin: str) -> Answer:
+    """Parse an answer file; `origin` names it in errors.
+
+    Raises RefusedError that names the file and the field for anything that is not a complete answer.
+    """
+    if len(data) > MAX_SIZE:
+        raise RefusedError(f"the answer file {origin} is larger than {MAX_SIZE} bytes", hint=_HINT)
+    try:
+        table = msgspec.toml.decode(data, type=dict[str, object])
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise RefusedError(f"the answer file {origin} is not valid TOML: {error}", hint=_HINT) from error
+    return convert_answer(table, f"the answer file {origin}")
+
+
+def convert_answer(fields: dict[str, object], origin: str) -> Answer:
+    """Return the answer that these fields make. Raises RefusedError that names `origin` and the field."""
+    try:
+        answer = msgspec.convert(fields, Answer)
+        for place in (answer.repository, answer.passphrase_file, answer.kit_file, answer.log):
+            if place is not None:
+                parse_place(place)
+    except (msgspec.ValidationError, UsageError) as error:
+        raise RefusedError(f"{origin} is not a good answer: {_told(error)}", hint=_HINT) from error
+    secrets = [answer.passphrase, answer.passphrase_file, answer.kit_file]
+    if sum(secret is not None for secret in secrets) != 1:
+        raise RefusedError(
+            f"{origin} needs exactly one of passphrase, passphrase-file and kit-file, to open the repository",
+            hint=_HINT,
+        )
+    return answer
+
+
+def parse_place(text: str) -> Place:
+    """Parse `usb:LABEL/path`, `uuid:UUID/path`, `/path` or `path`. Raises UsageError for anything else."""
+    scheme, colon, rest = text.partition(":")
+    if not colon or "/" in scheme:
+        _check_path(text, text)
+        return Place(volume="system" if text.startswith("/") else "own", path=text)
+    key, _, path = rest.partition("/")
+    if scheme not in {"usb", "uuid"} or not key:
+        raise UsageError(f"'{text}' is no place", hint="Write usb:LABEL/path, uuid:UUID/path, or a path.")
+    _check_path(path, text)
+    return Place(volume="uuid" if scheme == "uuid" else "label", key=key, path=path)
+
+
+def _check_path(path: str, text: str) -> None:
+    if "\0" in path or ".." in path.split("/"):
+        raise UsageError(f"'{text}' is no place: its path must not contain '..'")
+
+
+def _told(error: Exception) -> str:
+    """Return msgspec's complaint with the field in front, as it is spelled in the file."""
+    text = error.message if isinstance(error, UsageError) else str(error)
+    match = re.fullmatch(r"(.*) - at `\$\.?(.*)`", text)
+    return f"{match[2]}: {match[1]}" if match and match[2] else text
+
+
+_WORDS = {"repo": "repository"}
+_SWITCHES = {"keep-sizes", "verify", "repeat"}
+_PLAIN = {"repository", "snapshot", "machine", "passphrase-file", "kit-file", "end", "log"}
+
+
+def parse_command_line(text: str) -> CommandLine:
+    """Parse what follows `remetal.` on the kernel's command line (/proc/cmdline).
+
+    The kernel protects spaces by double quotes, around a value or around a whole word. A passphrase cannot be given
+    here, because everybody on the machine reads it. Raises RefusedError for words that are not understood.
+    """
+    fields: dict[str, object] = {}
+    mode: Mode = "auto"
+    answer: str | None = None
+    targets: list[str] = []
+    for word in _split_arguments(text):
+        name, equals, value = word.partition("=")
+        if not name.startswith("remetal."):
+            continue
+        name = _WORDS.get(name.removeprefix("remetal."), name.removeprefix("remetal."))
+        if name in _SWITCHES and (not equals or value in {"yes", "no"}):
+            fields[name] = value != "no"
+        elif name == "map" and value:
+            targets += value.split(",")
+        elif name == "mode" and value in {"auto", "dialogue", "shell"}:
+            mode = msgspec.convert(value, Mode)
+        elif name == "answer" and value:
+            answer = value
+        elif name == "pause" and re.fullmatch(r"[0-9]{1,4}", value, re.ASCII):
+            fields[name] = int(value)
+        elif name in _PLAIN and value:
+            fields[name] = value
+        else:
+            raise RefusedError(
+                f"'{word}' on the kernel's command line is not understood",
+                hint="Correct it in the boot menu (key e).",
+            )
+    if targets:
+        fields["map"] = _parse_targets(targets)
+    return CommandLine(mode=mode, answer=answer, fields=fields)
+
+
+def merge_answer(file: Answer | None, line: CommandLine, origin: str) -> Answer:
+    """Return the answer file's answer with what the command line says put over it. Raises RefusedError."""
+    fields: dict[str, object] = {} if file is None else msgspec.to_builtins(file)
+    fields = {name: value for name, value in fields.items() if value is not None}
+    secrets = {"passphrase", "passphrase-file", "kit-file"}
+    if secrets & line.fields.keys():
+        fields = {name: value for name, value in fields.items() if name not in secrets}
+    where = f"{origin} with the kernel's command line" if file is not None else "the kernel's command line"
+    return convert_answer(fields | line.fields, where)
+
+
+def mapping_words(answer: Answer) -> list[tuple[str, str]]:
+    """Return (source disk, target) pairs; the source is empty where the answer names only a target."""
+    return [("", answer.map)] if isinstance(answer.map, str) else list(answer.map.items())
+
+
+def _parse_targets(words: list[str]) -> str | dict[str, str]:
+    pairs = [word.partition("=") for word in words]
+    if len(pairs) == 1 and not pairs[0][1]:
+        return words[0]
+    table = {source: target for source, equals, target in pairs if equals and source and target}
+    if len(table) != len(words):
+        raise RefusedError(
+            f"remetal.map={','.join(words)} is not understood",
+            hint="Write remetal.map=SOURCE=TARGET for every disk, or remetal.map=TARGET where there is one.",
+        )
+    return table
+
+
+def _split_arguments(text: str) -> list[str]:
+    """Split as the kernel does (lib/cmdline.c, next_arg): at spaces outside double quotes, which then vanish."""
+    return [word.replace('"', "") for word in re.findall(r'(?:[^\s"]|"[^"]*"?)+', text)]

@@ -1,0 +1,61 @@
+"""The initramfs: cpio archives one behind the other, as the kernel unpacks them.
+
+Source: the kernel's Documentation/driver-api/early-userspace/buffer-format.rst ("newc" cpio).
+"""
+
+from __future__ import annotations
+
+import shutil
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+_ALIGNMENT = 4
+_TRAILER = "TRAILER!!!"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One entry: a folder (`content` is None), a symbolic link (a str), or a file (bytes, or the path of one)."""
+
+    name: str
+    content: bytes | str | Path | None
+    mode: int = 0o755
+
+
+def write_archive(output: BinaryIO, members: list[Member]) -> None:
+    """Append an uncompressed cpio archive of these members, all owned by root; folders before their content."""
+    for number, member in enumerate(members, start=1):
+        _write_member(output, member, number)
+    _write_header(output, _TRAILER, 0, 0, 0)
+
+
+def _write_member(output: BinaryIO, member: Member, number: int) -> None:
+    match member.content:
+        case None:
+            _write_header(output, member.name, stat.S_IFDIR | member.mode, 0, number)
+        case str(target):
+            data = target.encode()
+            _write_header(output, member.name, stat.S_IFLNK | 0o777, len(data), number)
+            output.write(data)
+        case bytes(data):
+            _write_header(output, member.name, stat.S_IFREG | member.mode, len(data), number)
+            output.write(data)
+        case Path() as path:
+            _write_header(output, member.name, stat.S_IFREG | member.mode, path.stat().st_size, number)
+            with path.open("rb") as source:
+                shutil.copyfileobj(source, output, 1 << 20)
+    _pad(output)
+
+
+def _write_header(output: BinaryIO, name: str, mode: int, size: int, number: int) -> None:
+    encoded = name.encode() + b"\0"
+    links = 2 if stat.S_ISDIR(mode) else 1
+    fields = (number, mode, 0, 0, links, 0, size, 0, 0, 0, 0, len(encoded), 0)
+    output.write(b"070701" + b"".join(b"%08X" % field for field in fields) + encoded)
+    _pad(output)
+
+
+def _pad(output: BinaryIO) -> None:
+    output.write(bytes(-output.tell() % _ALIGNMENT))

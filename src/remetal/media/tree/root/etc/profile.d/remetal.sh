@@ -1,0 +1,2 @@
+PS1='recovery:\w# '
+export PS1 LESS=-R
