@@ -1,0 +1,165 @@
+"""Answer files and kernel command lines: what is understood, and that nothing else is."""
+
+from __future__ import annotations
+
+import pytest
+
+from remetal.errors import RefusedError, UsageError
+from remetal.media.answer import (
+    MAX_SIZE,
+    Answer,
+    CommandLine,
+    Place,
+    mapping_words,
+    merge_answer,
+    parse_answer,
+    parse_command_line,
+    parse_place,
+)
+
+FULL = b"""
+repository = "usb:BACKUP/machines"
+snapshot = "4be1f03a"
+machine = "phoenix"
+map = { sda = "serial:S4EVNX0M1", sdb = "/dev/vdb" }
+passphrase-file = "uuid:1234-ABCD/secret/phrase"
+keep-sizes = true
+verify = true
+end = "poweroff"
+log = "usb:LOGS/here"
+pause = 0
+repeat = true
+"""
+
+
+def test_every_field_of_an_answer_file_is_understood() -> None:
+    answer = parse_answer(FULL, "a.toml")
+    assert answer == Answer(
+        repository="usb:BACKUP/machines",
+        snapshot="4be1f03a",
+        machine="phoenix",
+        map={"sda": "serial:S4EVNX0M1", "sdb": "/dev/vdb"},
+        passphrase_file="uuid:1234-ABCD/secret/phrase",
+        keep_sizes=True,
+        verify=True,
+        end="poweroff",
+        log="usb:LOGS/here",
+        pause=0,
+        repeat=True,
+    )
+    assert mapping_words(answer) == [("sda", "serial:S4EVNX0M1"), ("sdb", "/dev/vdb")]
+
+
+def test_the_shortest_answer_ends_in_a_shell() -> None:
+    answer = parse_answer(b'repository = "backup"\npassphrase = "a b"\nmap = "wwn:0x5000"', "a.toml")
+    assert (answer.snapshot, answer.end, answer.pause, answer.repeat) == ("latest", "shell", 5, False)
+    assert mapping_words(answer) == [("", "wwn:0x5000")]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('repository = "x"\npassphrase = "p"\nsnapshott = "latest"', "snapshott"),
+        ('repository = "x"\npassphrase = "p"\nend = "halt"', "end"),
+        ('repository = "x"\npassphrase = "p"\npause = -1', "pause"),
+        ('repository = "x"\npassphrase = "p"\npause = true', "pause"),
+        ('repository = "x"\npassphrase = "p"\nkeep-sizes = "no"', "keep-sizes"),
+        ('repository = "x"\npassphrase = "p"\nmap = { sda = 1 }', "map"),
+        ('repository = ""\npassphrase = "p"', "repository"),
+        ('repository = "usb:/x"\npassphrase = "p"', "usb:/x"),
+        ('repository = "../x"\npassphrase = "p"', r"\.\."),
+        ('repository = "x"\npassphrase = "p"\nlog = "ftp:host/x"', "ftp:host/x"),
+        ('passphrase = "p"', "repository"),
+        ('repository = "x"', "exactly one of passphrase"),
+        ('repository = "x"\npassphrase = "p"\nkit-file = "k"', "exactly one of passphrase"),
+        ("repository = ", "not valid TOML"),
+        ("[" * 5000, "not valid TOML"),
+    ],
+)
+def test_a_bad_answer_is_refused_with_its_file_and_field(text: str, named: str) -> None:
+    with pytest.raises(RefusedError, match=named) as caught:
+        parse_answer(text.encode(), "stick.toml")
+    assert "stick.toml" in caught.value.message
+    assert caught.value.hint
+
+
+def test_an_answer_that_is_no_text_or_too_large_is_refused() -> None:
+    for data in (b"\xff\xfe", b"#" * (MAX_SIZE + 1)):
+        with pytest.raises(RefusedError, match=r"stick\.toml"):
+            parse_answer(data, "stick.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("usb:MY DISK/a/b", Place(volume="label", key="MY DISK", path="a/b")),
+        ("usb:BACKUP", Place(volume="label", key="BACKUP")),
+        ("uuid:AB-12/", Place(volume="uuid", key="AB-12")),
+        ("/mnt/nfs", Place(volume="system", path="/mnt/nfs")),
+        ("backup/a:b", Place(volume="own", path="backup/a:b")),
+        (".", Place(volume="own", path=".")),
+    ],
+)
+def test_places(text: str, place: Place) -> None:
+    assert parse_place(text) == place
+
+
+@pytest.mark.parametrize("text", ["usb:", "uuid:/x", "s3:bucket/x", "usb:A/../b", "..", "/../etc", "a\0b"])
+def test_what_is_no_place_is_said(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_place(text)
+
+
+def test_the_kernels_command_line() -> None:
+    line = parse_command_line(
+        'BOOT_IMAGE=/remetal/vmlinuz quiet remetal.repo="usb:MY DISK/a" "remetal.machine=two words" '
+        "remetal.map=sda=serial:1,sdb=/dev/vdb remetal.map=sdc=wwn:3 remetal.passphrase-file=usb:K/p "
+        "remetal.keep-sizes remetal.repeat=no remetal.pause=7 remetal.end=reboot\n"
+    )
+    assert line == CommandLine(
+        fields={
+            "repository": "usb:MY DISK/a",
+            "machine": "two words",
+            "map": {"sda": "serial:1", "sdb": "/dev/vdb", "sdc": "wwn:3"},
+            "passphrase-file": "usb:K/p",
+            "keep-sizes": True,
+            "repeat": False,
+            "pause": 7,
+            "end": "reboot",
+        }
+    )
+    assert parse_command_line("remetal.map=/dev/vda").fields == {"map": "/dev/vda"}
+    assert parse_command_line("remetal.mode=shell remetal.answer=usb:A/b.toml") == CommandLine(
+        mode="shell", answer="usb:A/b.toml"
+    )
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "remetal.repoo=x",
+        "remetal.repo=",
+        "remetal.repo",
+        "remetal.passphrase=secret",
+        "remetal.mode=silent",
+        "remetal.pause=-1",
+        "remetal.pause=٣",
+        "remetal.verify=maybe",
+        "remetal.map=sda=/dev/vda,/dev/vdb",
+        "remetal.map=sda=/dev/vda,sda=/dev/vdb",
+        "remetal.map==/dev/vdb",
+    ],
+)
+def test_what_is_not_understood_on_the_command_line_is_refused(word: str) -> None:
+    with pytest.raises(RefusedError):
+        parse_command_line(f"quiet {word}")
+
+
+def test_the_command_line_goes_over_the_answer_file() -> None:
+    file = parse_answer(b'repository = "a"\npassphrase = "p"\nend = "reboot"\nmap = { sda = "/dev/vda" }', "f")
+    line = parse_command_line("remetal.end=shell remetal.kit-file=usb:K/kit.txt remetal.map=/dev/vdb")
+    merged = merge_answer(file, line, "f")
+    assert (merged.repository, merged.end, merged.map) == ("a", "shell", "/dev/vdb")
+    assert (merged.passphrase, merged.kit_file) == (None, "usb:K/kit.txt")
+    with pytest.raises(RefusedError, match="the kernel's command line"):
+        merge_answer(None, parse_command_line("remetal.repo=a remetal.end=halt"), "")
