@@ -53,3 +53,8 @@ def _size(path: Path) -> int:
         return os.lseek(fd, 0, os.SEEK_END)
     finally:
         os.close(fd)
+
+
+def probe_written(device: Path) -> int:
+    """Return the bytes that the kernel has written to a block device so far (Documentation/block/stat.rst)."""
+    return int(Path("/sys/class/block", device.name, "stat").read_text().split()[6]) * 512

@@ -26,6 +26,7 @@ _SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 PACKAGES = {
     "blkid": "util-linux",
     "dumpe2fs": "e2fsprogs",
+    "e2fsck": "e2fsprogs",
     "efibootmgr": "efibootmgr",
     "grub-install": "grub2-common",
     "grub-mkimage": "grub-common",
@@ -42,6 +43,7 @@ PACKAGES = {
     "partclone.xfs": "partclone",
     "qemu-system-x86_64": "qemu-system-x86",
     "resize2fs": "e2fsprogs",
+    "wipefs": "util-linux",
     "xfs_growfs": "xfsprogs",
     "xorriso": "xorriso",
 }

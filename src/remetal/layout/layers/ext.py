@@ -1,0 +1,49 @@
+"""ext2, ext3 and ext4."""
+
+from __future__ import annotations
+
+from remetal.layout.layers.contract import Content
+from remetal.layout.model import FileSystem
+from remetal.ondisk.ext import parse_ext
+from remetal.system.blockdev import Span, open_disk
+from remetal.system.loop import attach_loop, probe_written
+from remetal.system.run import run
+from remetal.units import align_down
+
+TYPES: tuple[str, ...] = ("ext2", "ext3", "ext4")
+PROGRAMS: tuple[str, ...] = ("e2fsck", "resize2fs")
+
+
+def probe_volume(content: Content) -> FileSystem:
+    """Describe the file system from its superblock."""
+    found = parse_ext(content.read, content.span.size)
+    return FileSystem(
+        on=content.space,
+        type=content.type,
+        size=found.size,
+        used=found.used,
+        block_size=found.block_size,
+        uuid=found.uuid,
+        label=found.label,
+        features=found.features,
+    )
+
+
+def plan_growth(volume: FileSystem, space: int) -> int:
+    """Return the size it can grow to; without the feature 64bit, block numbers have 32 bits."""
+    blocks = space // volume.block_size
+    limit = blocks if "64bit" in volume.features else min(blocks, (1 << 32) - 1)
+    return max(volume.size, limit * volume.block_size)
+
+
+def apply_growth(span: Span, size: int) -> int:
+    """Check the file system, as resize2fs(8) demands, and let it grow to `size` bytes."""
+    with open_disk(span.path) as disk:
+        found = parse_ext(lambda offset, count: disk.read(span.start + offset, count), span.size)
+    if found.size >= align_down(size, found.block_size):
+        return 0
+    with attach_loop(span, writable=True) as device:
+        before = probe_written(device)
+        run(["e2fsck", "-f", "-p", device], allowed=(0, 1))
+        run(["resize2fs", device, f"{size // 512}s"])
+        return probe_written(device) - before

@@ -1,0 +1,224 @@
+"""What uses a disk or a disk file right now: mounts, swap, arrays and mappings on it, locks of other programs.
+
+Source: sysfs (block devices, their partitions and holders, loop devices), proc(5), fcntl(2).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from remetal.layout.identity import SYS
+from remetal.system.blockdev import is_block_device
+from remetal.system.mounts import Mount, probe_mounts
+
+Number: TypeAlias = tuple[int, int]
+
+_FLOCK = struct.Struct("hhqqi4x")
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One user of a disk. `start` is the byte of the disk where the used part begins, as far as it is known.
+
+    `what` is `mount`, `swap`, `lock` or `busy`; `where` a mount point or the device that stands between.
+    """
+
+    what: str
+    where: str
+    device: str
+    start: int
+    read_only: bool = False
+
+    def __str__(self) -> str:
+        match self.what:
+            case "mount":
+                return f"{self.device} is mounted {'read-only' if self.read_only else 'read-write'} at {self.where}"
+            case "swap":
+                return f"{self.device} is active swap space"
+            case "lock":
+                return f"another program has locked {self.device} (a running virtual machine?)"
+            case _:
+                return f"the kernel holds {self.device} in use"
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    name: str
+    start: int
+
+
+def describe_use(path: Path) -> list[Use]:
+    """Return everything that uses the disk or disk file at `path`, directly or through layers above it."""
+    nodes = _find_nodes(path)
+    uses = [*_mount_uses(nodes), *_swap_uses(nodes)]
+    if is_block_device(path):
+        if not uses and _is_claimed(path):
+            uses.append(Use("busy", "", str(path), 0))
+    elif path.is_file() and _is_locked(path):
+        uses.append(Use("lock", "", str(path), 0))
+    return uses
+
+
+def find_disks_behind(path: Path) -> set[str]:
+    """Return the kernel names of the disks that hold the file system on which `path` lies; empty if in RAM."""
+    return disks_of_number(_number(path.resolve().stat().st_dev))
+
+
+def disks_of_number(number: Number) -> set[str]:
+    """Return the kernel names of the disks under a block device: through partitions, mappings, arrays, loops."""
+    place = SYS / "dev" / "block" / f"{number[0]}:{number[1]}"
+    if not place.exists():
+        return set()
+    folder = place.resolve()
+    if (folder / "partition").exists():
+        folder = folder.parent
+    below = list((folder / "slaves").iterdir()) if (folder / "slaves").is_dir() else []
+    if below:
+        return {disk for each in below for disk in disks_of_number(_read_number(each / "dev"))}
+    backing = _backing_file(folder)
+    if backing is not None:
+        try:
+            found = backing.stat()
+        except OSError:
+            return set()
+        return disks_of_number(_number(found.st_rdev if stat.S_ISBLK(found.st_mode) else found.st_dev))
+    return {folder.name}
+
+
+def numbers_of_mount(mount: Mount) -> set[Number]:
+    """Return the block devices under a mount: one, or all devices of a btrfs."""
+    numbers = {mount.device}
+    if mount.source.startswith("/"):
+        try:
+            found = Path(mount.source).stat()
+        except OSError:
+            return numbers
+        if stat.S_ISBLK(found.st_mode):
+            numbers.add(_number(found.st_rdev))
+    if mount.kind == "btrfs":
+        for family in SYS.glob("fs/btrfs/*/devices"):
+            members = {_read_number(member / "dev") for member in family.iterdir()}
+            if members & numbers:
+                numbers |= members
+    return numbers
+
+
+def probe_swaps() -> list[Path]:
+    """Return the block devices and files that are active swap space."""
+    lines = Path("/proc/swaps").read_text().splitlines()[1:]
+    return [Path(line.split()[0].replace("\\040", " ")) for line in lines if line.split()]
+
+
+def _find_nodes(path: Path) -> dict[Number, _Node]:
+    """Return every block device that stands on a disk or disk file, itself included."""
+    nodes: dict[Number, _Node] = {}
+    loops = list(_loops())
+    try:
+        found = path.stat()
+    except OSError:
+        return {}
+    if stat.S_ISBLK(found.st_mode):
+        _add_node(nodes, loops, _number(found.st_rdev), str(path), 0)
+    else:
+        for number, offset, backing in loops:
+            if (backing.st_dev, backing.st_ino) == (found.st_dev, found.st_ino):
+                _add_node(nodes, loops, number, "", offset)
+    return nodes
+
+
+def _add_node(
+    nodes: dict[Number, _Node],
+    loops: list[tuple[Number, int, os.stat_result]],
+    number: Number,
+    name: str,
+    start: int,
+) -> None:
+    if number in nodes:
+        return
+    folder = SYS / "dev" / "block" / f"{number[0]}:{number[1]}"
+    if not folder.exists():
+        return
+    folder = folder.resolve()
+    nodes[number] = _Node(name or f"/dev/{folder.name.replace('!', '/')}", start)
+    for entry in folder.iterdir():
+        if (entry / "partition").exists():
+            first = int((entry / "start").read_text()) * 512
+            _add_node(nodes, loops, _read_number(entry / "dev"), "", start + first)
+    for holder in (folder / "holders").iterdir() if (folder / "holders").is_dir() else ():
+        _add_node(nodes, loops, _read_number(holder / "dev"), "", start)
+    for loop, offset, backing in loops:
+        if stat.S_ISBLK(backing.st_mode) and _number(backing.st_rdev) == number:
+            _add_node(nodes, loops, loop, "", start + offset)
+
+
+def _loops() -> Iterator[tuple[Number, int, os.stat_result]]:
+    """Yield every attached loop device: its number, its offset, and what it stands on."""
+    for folder in (SYS / "block").glob("loop*"):
+        backing = _backing_file(folder)
+        if backing is None:
+            continue
+        try:
+            yield _read_number(folder / "dev"), int((folder / "loop/offset").read_text()), backing.stat()
+        except OSError:
+            continue
+
+
+def _backing_file(folder: Path) -> Path | None:
+    try:
+        text = (folder / "loop" / "backing_file").read_text()
+    except OSError:
+        return None
+    return Path(text.removesuffix("\n"))
+
+
+def _mount_uses(nodes: dict[Number, _Node]) -> Iterator[Use]:
+    for mount in probe_mounts():
+        for number in sorted(numbers_of_mount(mount) & nodes.keys()):
+            node = nodes[number]
+            yield Use("mount", str(mount.target), node.name, node.start, mount.read_only)
+
+
+def _swap_uses(nodes: dict[Number, _Node]) -> Iterator[Use]:
+    for path in probe_swaps():
+        if is_block_device(path):
+            node = nodes.get(_number(path.stat().st_rdev))
+            if node is not None:
+                yield Use("swap", "", node.name, node.start)
+
+
+def _is_claimed(path: Path) -> bool:
+    """Whether the kernel or another program has the device, or a partition of it, for itself alone."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno == errno.EBUSY
+    return False
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether another program holds a record lock on a disk file, as QEMU does on the disks of its machines."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
+def _read_number(path: Path) -> Number:
+    major, _, minor = path.read_text().strip().partition(":")
+    return int(major), int(minor)
+
+
+def _number(device: int) -> Number:
+    return os.major(device), os.minor(device)
