@@ -7,7 +7,7 @@ FIRMWARE ?= bios
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help setup demo test lint bench lock clean
+.PHONY: help setup demo test matrix lint bench lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -36,7 +36,10 @@ lint: setup ## ruff, mypy strict, import contracts
 	@$(BIN)/lint-imports
 
 test: lint ## lint and every test ring, a full BIOS and a full UEFI recovery included
-	@$(BIN)/pytest
+	@$(BIN)/pytest -m "not matrix"
+
+matrix: setup ## the combinations that make test leaves out (the medium on every firmware and bus)
+	@$(BIN)/pytest -m matrix
 
 bench: setup ## capture and restore beside their peers, in one run
 	@$(BIN)/python -m bench
