@@ -21,9 +21,7 @@ LABEL = "REMETAL_RECOVERY"
 _BIOS = "boot/grub/bios.img"
 
 
-def write_iso(
-    output: Path, work: Path, base: BaseRoot, files: Mapping[str, Path], texts: Mapping[str, str]
-) -> None:
+def write_iso(output: Path, work: Path, base: BaseRoot, files: Mapping[str, Path], texts: Mapping[str, str]) -> None:
     """Write the ISO to `output`: `files` and `texts` by their path on it, and what boots them from `base`.
 
     `work` is a folder for what lies between. Raises ProgramFailedError if xorriso or mtools fail.

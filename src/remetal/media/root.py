@@ -56,9 +56,7 @@ class BaseRoot(msgspec.Struct, frozen=True, kw_only=True):
         return Path(self.folder) / name
 
 
-def open_base(
-    cache: Path, sources: AptSources, packages: Sequence[str], *, fresh: bool, report: Report
-) -> BaseRoot:
+def open_base(cache: Path, sources: AptSources, packages: Sequence[str], *, fresh: bool, report: Report) -> BaseRoot:
     """Return the recovery system for these sources and packages, building it if the cache has none or `fresh`.
 
     Takes some minutes and a network when it builds. Raises RefusedError without root or the programs it needs,
@@ -97,9 +95,7 @@ def _find_built(place: Path) -> BaseRoot | None:
 def _build(work: Path, place: Path, sources: AptSources, packages: Sequence[str], report: Report) -> BaseRoot:
     root, out = work / "root", work / "out"
     out.mkdir()
-    report(
-        Step(f"Installing the recovery system ({sources.distribution} {sources.suite}, {len(packages)} packages)")
-    )
+    report(Step(f"Installing the recovery system ({sources.distribution} {sources.suite}, {len(packages)} packages)"))
     _install(root, work, sources, packages, report)
     kernel = _take_kernel(root, out)
     modules = _take_modules(root, kernel, out)

@@ -134,9 +134,7 @@ def select_disk(wanted: str, disks: Sequence[AttachedDisk]) -> Path:
         return fitting[0].path
     there = "; ".join(f"{disk.path} serial:{disk.serial or '-'} wwn:{disk.wwn or '-'}" for disk in disks) or "none"
     what = "no disk" if not fitting else f"{len(fitting)} disks"
-    raise RefusedError(
-        f"{what} of this machine fit{'s' if not fitting else ''} '{wanted}'", hint=f"Disks: {there}."
-    )
+    raise RefusedError(f"{what} of this machine fit{'s' if not fitting else ''} '{wanted}'", hint=f"Disks: {there}.")
 
 
 @contextmanager
@@ -170,9 +168,7 @@ def select_volume(place: Place, volumes: Sequence[AttachedVolume]) -> AttachedVo
     what = f"the {'label' if by_label else 'UUID'} '{place.key}'"
     if fitting:
         names = ", ".join(str(each.device) for each in fitting)
-        raise RefusedError(
-            f"{what} is on several volumes: {names}", hint="Detach one, or name it as uuid:UUID/path."
-        )
+        raise RefusedError(f"{what} is on several volumes: {names}", hint="Detach one, or name it as uuid:UUID/path.")
     there = ", ".join(str(each) for each in volumes) or "none"
     raise RefusedError(f"no attached volume has {what}", hint=f"Attached volumes: {there}.")
 
@@ -214,9 +210,7 @@ class Places:
             path = self._open[volume] / place.path
         if not path.exists():
             where = f" on {volume}" if volume else ""
-            raise RefusedError(
-                f"there is no '{place.path}'{where}", hint="Look at what is attached, and at the path."
-            )
+            raise RefusedError(f"there is no '{place.path}'{where}", hint="Look at what is attached, and at the path.")
         return path
 
 
