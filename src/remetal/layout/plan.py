@@ -18,6 +18,7 @@ from remetal.errors import RefusedError, UsageError
 from remetal.layout.fitting import Fit, find_shortage, plan_fit
 from remetal.layout.layers import encode_table
 from remetal.layout.model import (
+    MAX_DISK,
     Disk,
     FileSystem,
     GptTable,
@@ -203,6 +204,9 @@ def _find_refusals(disk: Disk, target: Target, layout: Layout) -> Iterator[tuple
             f"{sectors}: partition table and file systems cannot be written there as they are",
             f"Choose a target with sectors of {disk.logical_sector} bytes.",
         )
+        return
+    if not disk.logical_sector <= target.size < MAX_DISK:
+        yield f"{target.path} has the impossible size {target.size}", "Choose another target."
         return
     shortage = find_shortage(layout, disk, _fitted(disk, target))
     if shortage is not None:
