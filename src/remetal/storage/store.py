@@ -7,11 +7,14 @@ reader sees a whole object or none.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from remetal.errors import RemetalError
+from remetal.errors import RemetalError, UsageError
+
+_NAME = re.compile(r"[a-z0-9_-][a-z0-9._-]{0,199}(?:/[a-z0-9_-][a-z0-9._-]{0,199}){0,7}")
 
 
 class NotFoundError(RemetalError):
@@ -30,6 +33,17 @@ class Entry:
     size: int
 
 
+def is_name(name: str) -> bool:
+    """Whether a name keeps the contract: up to 8 words of up to 200 of `[a-z0-9._-]`, none starting with a dot."""
+    return _NAME.fullmatch(name) is not None
+
+
+def check_name(name: str) -> None:
+    """Raise UsageError for a name that no store may be asked for; nothing like `../x` gets past this."""
+    if not is_name(name):
+        raise UsageError(f"{name!r} is not a name that an object can have")
+
+
 Pieces = Sequence[bytes | memoryview]
 """An object's bytes in order, in as many pieces as is convenient: nobody joins them just to write them."""
 
@@ -39,7 +53,8 @@ class Store(Protocol):
     """A place that keeps objects. All methods may be called from many threads at once.
 
     Every method raises UnavailableError if the place cannot be reached or is full; the object is then either
-    whole or absent, and the same call may be tried again.
+    whole or absent, and the same call may be tried again. `put`, `get` and `delete` raise UsageError for a name
+    that breaks the contract (`check_name`).
     """
 
     @property
@@ -60,7 +75,11 @@ class Store(Protocol):
         """
 
     def entries(self, prefix: str) -> Iterator[Entry]:
-        """Yield every object whose name starts with `prefix` (a folder: `packs/`), in the order of names."""
+        """Yield every object whose name starts with `prefix` (a folder: `packs/`), in the order of names.
+
+        The order is that of the names' bytes. What is put or deleted meanwhile may or may not be among them;
+        everything else in the place that no `put` has made is passed over.
+        """
 
     def delete(self, name: str) -> None:
         """Remove an object; removing one that is not there is no error."""

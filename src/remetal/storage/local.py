@@ -1,0 +1,289 @@
+"""A folder of this machine as a store: an internal disk, a USB disk, a network file system that is mounted.
+
+An object is a file of the same name below the folder. It is written to a temporary file first, made durable,
+and then given its name in one step that fails if the name is taken, so that a reader (or a power cut) finds a
+whole object or none. Temporary files lie in `.tmp`, which no object's name can reach.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import secrets
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from remetal.errors import UnavailableError
+from remetal.storage.store import AlreadyExistsError, Entry, NotFoundError, Pieces, check_name, is_name
+from remetal.units import format_bytes
+
+_TEMPORARY = ".tmp"
+_ABANDONED = 86400.0
+"""Seconds after which a temporary file is dead where the file system knows no locks."""
+_MAX_PIECES = 512
+"""How many pieces go into one writev(2); the kernel takes up to 1024."""
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
+_NO_SUCH_CALL = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK})
+"""What link(2) and renameat2(2) answer on file systems that cannot do it (vfat, exFAT, some of FUSE)."""
+
+
+class LocalStore:
+    """The store of `remetal.storage.store`, in the folder `root`; the first `put` makes the folder."""
+
+    def __init__(self, root: Path, location: str | None = None) -> None:
+        self.root = root.absolute()
+        self._location = location or str(root)
+        self._durable: set[Path] = set()
+        self._swept = False
+
+    @property
+    def location(self) -> str:
+        """The folder as the person gave it."""
+        return self._location
+
+    def put(self, name: str, data: Pieces) -> None:
+        """Create an object; see the contract."""
+        check_name(name)
+        target = self.root / name
+        with self._explained(name):
+            if os.path.lexists(target):
+                raise AlreadyExistsError(f"{self._location} has an object '{name}' already")
+            self._make_folder(target.parent)
+            self._make_folder(self.root / _TEMPORARY)
+            if not self._swept:
+                self._swept = True
+                self._sweep()
+            with self._temporary() as (path, fd):
+                _write_all(fd, data)
+                os.fsync(fd)
+                if not self._publish(path, target):
+                    raise AlreadyExistsError(f"{self._location} has an object '{name}' already")
+            _sync_folder(target.parent)
+
+    def get(self, name: str, *, start: int = 0, size: int | None = None) -> bytes:
+        """Return an object's bytes; see the contract."""
+        check_name(name)
+        with self._explained(name):
+            try:
+                fd = os.open(self.root / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            except FileNotFoundError as error:
+                raise NotFoundError(f"{self._location} has no object '{name}'") from error
+            try:
+                state = os.fstat(fd)
+                if not stat.S_ISREG(state.st_mode):
+                    raise NotFoundError(f"{self._location} has no object '{name}'")
+                end = state.st_size if size is None else min(state.st_size, start + size)
+                return _read_all(fd, start, end)
+            finally:
+                os.close(fd)
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        """Yield objects in the order of names; see the contract."""
+        folder = prefix.rpartition("/")[0]
+        if folder and not is_name(folder):
+            return
+        with self._explained(prefix):
+            yield from self._walk(self.root / folder if folder else self.root, folder, prefix)
+
+    def delete(self, name: str) -> None:
+        """Remove an object; see the contract."""
+        check_name(name)
+        with self._explained(name), suppress(FileNotFoundError):
+            (self.root / name).unlink()
+            _sync_folder((self.root / name).parent)
+
+    def close(self) -> None:
+        """Nothing is held open between calls."""
+
+    def _walk(self, folder: Path, name: str, prefix: str) -> Iterator[Entry]:
+        found: list[tuple[str, int | None]] = []
+        try:
+            with os.scandir(folder) as children:
+                for child in children:
+                    path = f"{name}/{child.name}" if name else child.name
+                    if not is_name(path):
+                        continue
+                    if child.is_dir(follow_symlinks=False):
+                        found.append((path + "/", None))
+                    elif child.is_file(follow_symlinks=False):
+                        with suppress(FileNotFoundError):
+                            found.append((path, child.stat(follow_symlinks=False).st_size))
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for path, size in sorted(found):
+            if size is not None:
+                if path.startswith(prefix):
+                    yield Entry(path, size)
+            elif path.startswith(prefix) or prefix.startswith(path):
+                yield from self._walk(self.root / path, path[:-1], prefix)
+
+    @contextmanager
+    def _temporary(self) -> Iterator[tuple[Path, int]]:
+        """Yield path and descriptor of a new, locked temporary file; its temporary name is gone afterwards."""
+        while True:
+            path = self.root / _TEMPORARY / secrets.token_hex(12)
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                with suppress(OSError):  # a file system without locks: see _ABANDONED
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not path.exists():  # swept between open and lock
+                    continue
+                try:
+                    yield path, fd
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+            finally:
+                os.close(fd)
+
+    def _publish(self, path: Path, target: Path) -> bool:
+        """Give a temporary file its name in one step, by whatever this file system can; False if it is taken."""
+        try:
+            os.link(path, target)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_SUCH_CALL:
+                raise
+        else:
+            return True
+        try:
+            rename_new(path, target)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_SUCH_CALL:
+                raise
+        else:
+            return True
+        return self._rename_locked(path, target)
+
+    def _rename_locked(self, path: Path, target: Path) -> bool:
+        """The last resort (exFAT): look and rename under a lock that every writer here takes."""
+        fd = os.open(self.root / _TEMPORARY / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if os.path.lexists(target):
+                return False
+            path.rename(target)
+            return True
+        finally:
+            os.close(fd)
+
+    def _sweep(self) -> None:
+        """Remove temporary files of writers that are no more: nobody holds their lock."""
+        for path in (self.root / _TEMPORARY).iterdir():
+            with suppress(OSError):
+                if path.name != "lock" and _is_dead(path):
+                    path.unlink()
+
+    def _make_folder(self, folder: Path) -> None:
+        if folder in self._durable:
+            return
+        if not folder.is_dir():
+            self._make_folder(folder.parent)
+            with suppress(FileExistsError):
+                folder.mkdir(mode=0o700)
+            _sync_folder(folder.parent)
+        self._durable.add(folder)
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        """Turn the operating system's errors into sentences."""
+        try:
+            yield
+        except OSError as error:
+            self._durable.clear()
+            what = os.strerror(error.errno or 0)
+            raise UnavailableError(
+                f"the repository folder {self._location} failed at '{name}': {what}", hint=self._hint(error.errno)
+            ) from error
+
+    def _hint(self, number: int | None) -> str:
+        if number in {errno.ENOSPC, errno.EDQUOT}:
+            return f"{self._free()} Free some space or use a larger disk, then run the command again."
+        if number == errno.EROFS:
+            return "The file system is mounted read-only: remount it read-write, or look at `dmesg` for why it is."
+        if number in {errno.EACCES, errno.EPERM}:
+            return "remetal may not write or read there: run it as root, or mend the folder's owner and mode."
+        if number in {errno.ENOTDIR, errno.ELOOP}:
+            return f"Something that is not a folder stands where {self.root} or a folder below it should be."
+        return "Look at `dmesg` and at the disk or network that the folder lies on, then run the command again."
+
+    def _free(self) -> str:
+        try:
+            state = os.statvfs(self.root)
+        except OSError:
+            return "The disk is full."
+        return f"{format_bytes(state.f_bavail * state.f_frsize)} are free there."
+
+
+def rename_new(source: Path, target: Path) -> None:
+    """Rename a file unless the new name is taken: renameat2(2) with RENAME_NOREPLACE.
+
+    Raises FileExistsError, or OSError with EINVAL or ENOSYS where the file system or C library cannot do it.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    old, new = os.fsencode(source), os.fsencode(target)
+    if libc.renameat2(_AT_FDCWD, old, _AT_FDCWD, new, _RENAME_NOREPLACE) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def _is_dead(path: Path) -> bool:
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return time.time() - os.fstat(fd).st_mtime > _ABANDONED
+    else:
+        return True
+    finally:
+        os.close(fd)
+
+
+def _write_all(fd: int, data: Pieces) -> None:
+    waiting = [memoryview(piece).cast("B") for piece in data if len(piece)]
+    first = 0
+    while first < len(waiting):
+        written = os.writev(fd, waiting[first : first + _MAX_PIECES])
+        while first < len(waiting) and written >= len(waiting[first]):
+            written -= len(waiting[first])
+            first += 1
+        if written:
+            waiting[first] = waiting[first][written:]
+
+
+def _read_all(fd: int, start: int, end: int) -> bytes:
+    if end <= start:
+        return b""
+    data = os.pread(fd, end - start, start)
+    if len(data) == end - start:
+        return data
+    parts = [data]
+    done = start + len(data)
+    while parts[-1] and done < end:
+        parts.append(os.pread(fd, end - done, done))
+        done += len(parts[-1])
+    return b"".join(parts)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.EOPNOTSUPP}:  # some of FUSE
+            raise
+    finally:
+        os.close(fd)
