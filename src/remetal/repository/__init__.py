@@ -1,0 +1,77 @@
+"""The repository: encrypted chunks, signed snapshots and keys, in any store. Formats: docs/format/."""
+
+from __future__ import annotations
+
+from remetal.repository.catalog import Catalog, open_catalog
+from remetal.repository.check import CheckResult, check_repository, rebuild_index
+from remetal.repository.config import DEFAULT_CHUNK_SIZE, FORMAT, Config
+from remetal.repository.kit import RecoveryKit
+from remetal.repository.machines import MachineKeys, check_machine_name, state_folder
+from remetal.repository.maps import ZERO_ID, Run
+from remetal.repository.reader import Reader, open_reader
+from remetal.repository.recipients import RecipientKey, RecipientRecord
+from remetal.repository.repository import (
+    KeyInfo,
+    Repository,
+    accept_recipients,
+    add_passphrase,
+    add_recipient,
+    change_passphrase,
+    enroll_machine,
+    init_repository,
+    list_keys,
+    load_machine_keys,
+    make_kit,
+    new_recipients,
+    open_repository,
+    remove_passphrase,
+    save_machine_keys,
+    unlock_with_kit,
+    unlock_with_passphrase,
+)
+from remetal.repository.session import Batch, Session, Statistics, open_session
+from remetal.repository.snapshots import ImageRecord, Snapshot
+
+__all__ = [
+    "DEFAULT_CHUNK_SIZE",
+    "FORMAT",
+    "ZERO_ID",
+    "Batch",
+    "Catalog",
+    "CheckResult",
+    "Config",
+    "ImageRecord",
+    "KeyInfo",
+    "MachineKeys",
+    "Reader",
+    "RecipientKey",
+    "RecipientRecord",
+    "RecoveryKit",
+    "Repository",
+    "Run",
+    "Session",
+    "Snapshot",
+    "Statistics",
+    "accept_recipients",
+    "add_passphrase",
+    "add_recipient",
+    "change_passphrase",
+    "check_machine_name",
+    "check_repository",
+    "enroll_machine",
+    "init_repository",
+    "list_keys",
+    "load_machine_keys",
+    "make_kit",
+    "new_recipients",
+    "open_catalog",
+    "open_reader",
+    "open_repository",
+    "open_session",
+    "rebuild_index",
+    "remove_passphrase",
+    "save_machine_keys",
+    "state_folder",
+    "unlock_with_kit",
+    "unlock_with_passphrase",
+]

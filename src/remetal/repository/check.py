@@ -1,0 +1,325 @@
+"""Is the repository what was written to it? Problems are listed, all of them, and nothing is changed.
+
+Three depths: without a key every object is hashed again and every public record, signature and link is checked;
+with a key every snapshot's chunks are looked up; with a recipient's key every chunk can be decoded, too.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from blake3 import blake3
+
+from remetal.errors import DamagedError
+from remetal.events import Note, Progress, Report, Step, silent
+from remetal.repository.catalog import Catalog, MachineAccess, load_table, open_catalog, read_contents, read_envelope
+from remetal.repository.config import decode_config
+from remetal.repository.indexes import PACKS_PER_INDEX, put_index
+from remetal.repository.machines import MachineKeys, MachineRecord, read_machines
+from remetal.repository.maps import ZERO_ID, map_folder
+from remetal.repository.objects import (
+    CONFIG,
+    LOCKS,
+    MAX_KEY_OBJECT,
+    PACKS,
+    SNAPSHOTS,
+    damaged,
+    get_object,
+    hash_in_name,
+    pack_name,
+)
+from remetal.repository.packs import FOOTER, MAX_PACK, ZSTD, Codec, Contents, offsets, open_pack
+from remetal.repository.recipients import RecipientKey, read_recipients
+from remetal.repository.repository import Repository
+from remetal.repository.slots import read_slots
+from remetal.repository.snapshots import Envelope, Snapshot, check_chain, snapshot_folder
+from remetal.repository.table import ChunkTable
+from remetal.storage import Entry, NotFoundError, Store
+from remetal.units import MIB
+
+_PIECE = 4 * MIB
+_ID = "[0-9a-f]{32}"
+_HASH = "[0-9a-f]{64}"
+_OURS = re.compile(
+    rf"config|keys/(recipients|slots|machines)/{_ID}\.{_HASH}|keys/secrets/{_ID}\.{_ID}\.{_HASH}"
+    rf"|packs/([0-9a-f]{{2}})/\2[0-9a-f]{{62}}|(index|maps)/{_ID}/{_HASH}|snapshots/{_ID}/[0-9a-f]{{16}}\.{_HASH}"
+    rf"|locks/{_ID}/[0-9a-f]{{16}}"
+)
+
+
+@dataclass(slots=True)
+class CheckResult:
+    """What a check has looked at, and a sentence for each thing that is wrong."""
+
+    problems: list[str] = field(default_factory=list)
+    objects: int = 0
+    bytes: int = 0
+    snapshots: int = 0
+    chunks_read: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def add(self, *problems: str) -> None:
+        """Note problems, each of them once."""
+        self.problems += [each for each in dict.fromkeys(problems) if each not in self.problems]
+
+
+def check_repository(
+    repository: Repository,
+    *,
+    keys: RecipientKey | MachineKeys | None = None,
+    read_data: bool = False,
+    report: Report = silent,
+) -> CheckResult:
+    """Check a repository as deep as the keys allow; `read_data` decodes every chunk and needs a recipient's key.
+
+    Raises RefusedError if the keys are another repository's, UnavailableError if the store cannot be read.
+    """
+    assert not read_data or isinstance(keys, RecipientKey), "reading data needs a recipient's key"
+    result = CheckResult()
+    report(Step("Comparing every object with the hash in its name"))
+    _scrub(repository.store, result, report)
+    report(Step("Checking keys, signatures and the chain of snapshots"))
+    _check_public(repository, result)
+    if keys is None:
+        return result
+    catalog = open_catalog(repository, keys)
+    result.add(*catalog.problems)
+    result.snapshots = len(catalog.snapshots())
+    report(Step("Looking for every snapshot's chunks"))
+    sizes = {each.name: each.size for each in repository.store.entries(PACKS)}
+    for access in catalog.machines.values():
+        _check_chunks(catalog, access, sizes, result)
+    if isinstance(keys, RecipientKey):
+        _note_orphans(catalog, sizes, report)
+        if read_data:
+            report(Step("Decoding every chunk"))
+            for access in catalog.machines.values():
+                _check_data(repository, keys, access, result, report)
+    return result
+
+
+def rebuild_index(repository: Repository, key: RecipientKey, *, report: Report = silent) -> int:
+    """Write the index anew for packs that no readable index object knows, and return how many there were.
+
+    The packs' own tables of contents are enough for that. Useful after an index object was lost; packs that an
+    interrupted backup has left behind become useful, too. A pack that is damaged is passed over with a note.
+    """
+    catalog = open_catalog(repository, key)
+    known = {
+        pack.identity
+        for access in catalog.machines.values()
+        for _, packs in read_contents(repository, access.domain, [])
+        for pack in packs
+    }
+    found: dict[str, list[Contents]] = {}
+    count = 0
+    for entry in repository.store.entries(PACKS):
+        identity = hash_in_name(entry.name)
+        if identity is None or identity in known:
+            continue
+        try:
+            machine_id, contents = _read_pack_contents(repository, key, entry)
+        except DamagedError as error:
+            report(Note(error.message))
+            continue
+        if machine_id not in catalog.machines:
+            report(Note(f"the pack {entry.name} belongs to no machine that this key knows"))
+            continue
+        found.setdefault(machine_id, []).append(contents)
+        count += 1
+        if len(found[machine_id]) >= PACKS_PER_INDEX:
+            _put_found(repository, catalog, found, machine_id)
+    for machine_id in list(found):
+        _put_found(repository, catalog, found, machine_id)
+    return count
+
+
+def _put_found(repository: Repository, catalog: Catalog, found: dict[str, list[Contents]], machine_id: str) -> None:
+    domain = catalog.machines[machine_id].domain
+    put_index(repository.store, repository.config.id, domain, found.pop(machine_id))
+
+
+def _read_pack_contents(repository: Repository, key: RecipientKey, entry: Entry) -> tuple[str, Contents]:
+    data = get_object(repository.store, entry.name, MAX_PACK)
+    if blake3(data).digest() != hash_in_name(entry.name) or len(data) < FOOTER.size:
+        raise damaged(entry.name, "its hash differs")
+    opener = open_pack(entry.name, data, key)
+    return opener.machine_id, opener.open_contents(data, len(data))
+
+
+def _scrub(store: Store, result: CheckResult, report: Report) -> None:
+    total = sum(entry.size for entry in store.entries(""))
+    for entry in store.entries(""):
+        if entry.name.startswith(LOCKS):
+            continue
+        result.objects += 1
+        if not _OURS.fullmatch(entry.name):
+            report(Note(f"the object {entry.name} is not one of remetal's"))
+        elif entry.name == CONFIG:
+            try:
+                decode_config(get_object(store, CONFIG, MAX_KEY_OBJECT))
+            except DamagedError as error:
+                result.add(error.message)
+        elif _hash_object(store, entry) != hash_in_name(entry.name):
+            result.add(f"the object {entry.name} is not what was written: its hash differs")
+        result.bytes += entry.size
+        report(Progress("objects", result.bytes, max(total, result.bytes)))
+
+
+def _hash_object(store: Store, entry: Entry) -> bytes | None:
+    hasher = blake3()
+    done = 0
+    try:
+        while piece := store.get(entry.name, start=done, size=_PIECE):
+            hasher.update(piece)
+            done += len(piece)
+    except NotFoundError:
+        return None
+    return hasher.digest()
+
+
+def _check_public(repository: Repository, result: CheckResult) -> None:
+    store, repository_id = repository.store, repository.config.id
+    recipients, problems = read_recipients(store, repository_id)
+    result.add(*problems, *([] if recipients else ["the repository's first recipient is missing or damaged"]))
+    result.add(*(error.message for error in read_slots(store, repository_id)[1]))
+    machines, problems = read_machines(store, repository_id)
+    result.add(*problems)
+    for machine in machines:
+        envelopes: list[Envelope] = []
+        for entry in store.entries(snapshot_folder(machine.id)):
+            try:
+                envelopes.append(read_envelope(repository, entry.name, machine)[0])
+            except DamagedError as error:
+                result.add(error.message)
+        result.snapshots += len(envelopes)
+        result.add(*check_chain(envelopes, machine.name))
+    _check_owners(store, machines, result)
+
+
+def _check_owners(store: Store, machines: list[MachineRecord], result: CheckResult) -> None:
+    known = {machine.id for machine in machines}
+    owners = {entry.name.split("/")[1] for entry in store.entries(SNAPSHOTS)}
+    result.add(*(f"the machine of {SNAPSHOTS}{each}/ has no record" for each in sorted(owners - known)))
+
+
+def _check_chunks(catalog: Catalog, access: MachineAccess, sizes: dict[str, int], result: CheckResult) -> None:
+    damage: list[DamagedError] = []
+    table = load_table(catalog.repository, access.domain, damage)
+    result.add(*(error.message for error in damage))
+    lost: set[int] = set()
+    for number, (identity, size) in enumerate(table.packs):
+        name = pack_name(identity)
+        if sizes.get(name) != size:
+            lost.add(number)
+            what = f"it has {sizes[name]} bytes instead of {size}" if name in sizes else "it is missing"
+            result.add(damaged(name, what).message)
+    checked: set[bytes] = set()
+    for snapshot in catalog.snapshots():
+        if snapshot.machine_id == access.machine.id:
+            _check_snapshot(catalog, snapshot, table, lost, checked, result)
+
+
+def _check_snapshot(
+    catalog: Catalog,
+    snapshot: Snapshot,
+    table: ChunkTable,
+    lost: set[int],
+    checked: set[bytes],
+    result: CheckResult,
+) -> None:
+    """Look up all chunks of a snapshot; images whose map was found whole before are passed over."""
+    for image in snapshot.images:
+        identity = bytes.fromhex(image.digest)
+        if identity in checked:
+            continue
+        what = f"snapshot {snapshot.id[:12]} of '{snapshot.machine}', image of {image.volume}"
+        unknown = missing = 0
+        try:
+            for run in catalog.runs(snapshot, image):
+                numbers = table.packs_of([each for each in run.ids if each != ZERO_ID])
+                unknown += numbers.count(-1)
+                missing += sum(number in lost for number in numbers)
+        except DamagedError as error:
+            result.add(f"{what}: {error.message}")
+            continue
+        if unknown:
+            result.add(f"{what}: {unknown} chunks are in no index object of {map_folder(snapshot.machine_id)[5:-1]}")
+        if missing:
+            result.add(f"{what}: {missing} chunks lie in packs that are missing or cut short")
+        if not unknown and not missing:
+            checked.add(identity)
+
+
+def _note_orphans(catalog: Catalog, sizes: dict[str, int], report: Report) -> None:
+    orphans = set(sizes)
+    for access in catalog.machines.values():
+        for _, packs in read_contents(catalog.repository, access.domain, []):
+            orphans -= {pack_name(pack.identity) for pack in packs}
+    if orphans:
+        report(Note(f"{len(orphans)} packs are in no index: left by an interrupted backup, harmless"))
+
+
+def _check_data(
+    repository: Repository, key: RecipientKey, access: MachineAccess, result: CheckResult, report: Report
+) -> None:
+    total = sum(pack.size for pack in _all_packs(repository, access))
+    done = 0
+    workers = os.cpu_count() or 1
+    waiting: deque[tuple[Contents, Future[list[str]]]] = deque()
+    part = f"packs of {access.machine.name}"
+    with ThreadPoolExecutor(workers) as pool:
+        packs = _all_packs(repository, access)
+        while True:
+            pack = next(packs, None)
+            if pack is not None:
+                waiting.append((pack, pool.submit(_check_pack, repository, key, access, pack)))
+            while waiting and (pack is None or len(waiting) > 2 * workers):
+                finished, future = waiting.popleft()
+                result.add(*future.result())
+                result.chunks_read += len(finished.entries)
+                done += finished.size
+                report(Progress(part, done, total))
+            if pack is None:
+                return
+
+
+def _all_packs(repository: Repository, access: MachineAccess) -> Iterator[Contents]:
+    seen: set[bytes] = set()
+    for _, packs in read_contents(repository, access.domain, []):
+        for pack in packs:
+            if pack.identity not in seen:
+                seen.add(pack.identity)
+                yield pack
+
+
+def _check_pack(repository: Repository, key: RecipientKey, access: MachineAccess, pack: Contents) -> list[str]:
+    name = pack_name(pack.identity)
+    problems: list[str] = []
+    codec = Codec(access.domain.id_key)
+    try:
+        data = get_object(repository.store, name, MAX_PACK)
+        opener = open_pack(name, data, key)
+        if opener.machine_id != access.machine.id or len(data) != pack.size:
+            raise damaged(name, "it is not the pack that the index means")
+        if opener.open_contents(data, len(data)).entries.tobytes() != pack.entries.tobytes():
+            raise damaged(name, "its table of contents differs from the index")
+    except DamagedError as error:
+        return [error.message]
+    starts = offsets(pack.entries, pack.start).tolist()
+    for ordinal, (identity, word, plain) in enumerate(pack.entries.tolist()):
+        start, size = starts[ordinal], word & (ZSTD - 1)
+        try:
+            opener.open_chunk(data[start : start + size], ordinal, bytes(identity), word, plain, codec)
+        except DamagedError as error:
+            problems.append(error.message)
+    return problems

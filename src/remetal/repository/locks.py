@@ -1,0 +1,204 @@
+"""One backup per machine at a time: a lock that is an object in the store. Specification: docs/format/lock.md.
+
+Locks of a machine are numbered; the highest number holds. Whoever wants the lock creates the next number, which
+the store grants to one only. A lock is renewed by creating the next number before the old one is deleted, so that
+a holder who was given up on finds out.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from remetal.errors import DamagedError, RemetalError, UnavailableError
+from remetal.repository.objects import (
+    LOCKS,
+    MAX_KEY_OBJECT,
+    Record,
+    decode_json,
+    encode_json,
+    get_object,
+)
+from remetal.storage import AlreadyExistsError, NotFoundError, Store
+
+LEASE = 1800.0
+"""Seconds after its last renewal at which a lock counts as left behind, whoever holds it."""
+RENEWAL = 300.0
+_MAX_LOCKS = 100
+
+
+class LockRecord(Record, frozen=True, kw_only=True):
+    """Who holds a lock. `time` is Unix time; `started` the process's start in ticks after boot (proc(5))."""
+
+    machine: str
+    host: str
+    host_id: str
+    boot_id: str
+    namespace: str
+    pid: int
+    started: int
+    time: float
+
+
+class MachineLock:
+    """A lock that this process holds."""
+
+    def __init__(self, store: Store, machine_id: str, generation: int) -> None:
+        self._store = store
+        self._machine_id = machine_id
+        self._generation = generation
+        self._lost = False
+        self._guard = threading.Lock()
+
+    def check(self) -> None:
+        """Raise UnavailableError if somebody else has taken the lock over."""
+        with self._guard:
+            try:
+                self._store.get(_lock_name(self._machine_id, self._generation), size=1)
+            except NotFoundError:
+                self._lost = True
+            if self._lost:
+                raise UnavailableError(
+                    "the lock on this machine's backups was taken over by another process",
+                    hint="This backup stood still for too long; nothing is lost, run it again.",
+                )
+
+    def renew(self) -> None:
+        """Start a new lease. Raises UnavailableError if the lock is lost."""
+        self.check()
+        with self._guard:
+            following = _lock_name(self._machine_id, self._generation + 1)
+            try:
+                self._store.put(following, [encode_json(_this_process(self._machine_id))])
+            except AlreadyExistsError:
+                self._lost = True
+            else:
+                self._store.delete(_lock_name(self._machine_id, self._generation))
+                self._generation += 1
+        if self._lost:
+            self.check()
+
+    def release(self) -> None:
+        """Give the lock back."""
+        with self._guard:
+            if not self._lost:
+                self._store.delete(_lock_name(self._machine_id, self._generation))
+
+
+@contextmanager
+def hold_machine(store: Store, machine_id: str, *, renewal: float = RENEWAL) -> Iterator[MachineLock]:
+    """Hold the lock on a machine's backups for the length of a block, renewing it every `renewal` seconds.
+
+    Raises UnavailableError if another backup of this machine is at work.
+    """
+    lock = _acquire(store, machine_id)
+    ended = threading.Event()
+
+    def keep() -> None:
+        while not ended.wait(renewal):
+            with suppress(RemetalError):  # an unreachable store is tried again; a lost lock shows in check()
+                lock.renew()
+
+    keeper = threading.Thread(target=keep, name="lock renewal", daemon=True)
+    keeper.start()
+    try:
+        yield lock
+    finally:
+        ended.set()
+        keeper.join()
+        with suppress(UnavailableError):  # the next backup sees that this process is gone
+            lock.release()
+
+
+def _acquire(store: Store, machine_id: str) -> MachineLock:
+    numbers = _generations(store, machine_id)
+    if numbers:
+        owner = _read_lock(store, _lock_name(machine_id, numbers[-1]))
+        if owner is not None and not is_stale(owner, now=time.time()):
+            since = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(owner.time))
+            raise UnavailableError(
+                f"another backup of this machine is at work: process {owner.pid} on {owner.host}, seen {since} UTC",
+                hint="Wait until it has ended, then run the command again.",
+            )
+    generation = numbers[-1] + 1 if numbers else 1
+    try:
+        store.put(_lock_name(machine_id, generation), [encode_json(_this_process(machine_id))])
+    except AlreadyExistsError as error:
+        raise UnavailableError(
+            "another backup of this machine has just begun", hint="Wait until it has ended, then run the command again."
+        ) from error
+    if set(_generations(store, machine_id)) - {*numbers, generation}:  # somebody came in after a release we missed
+        store.delete(_lock_name(machine_id, generation))
+        raise UnavailableError(
+            "another backup of this machine has just begun", hint="Wait until it has ended, then run the command again."
+        )
+    for number in numbers:
+        store.delete(_lock_name(machine_id, number))
+    return MachineLock(store, machine_id, generation)
+
+
+def is_stale(owner: LockRecord, *, now: float) -> bool:
+    """Whether a lock's holder is provably dead on this host, or has not renewed it within the lease."""
+    if abs(now - owner.time) > LEASE:
+        return True
+    here = _this_process(owner.machine)
+    if not here.host_id or owner.host_id != here.host_id:
+        return False
+    if owner.boot_id != here.boot_id:
+        return True
+    return owner.namespace == here.namespace and _process_start(owner.pid) != owner.started
+
+
+def _generations(store: Store, machine_id: str) -> list[int]:
+    prefix = f"{LOCKS}{machine_id}/"
+    found: list[int] = []
+    for entry in store.entries(prefix):
+        number = entry.name.removeprefix(prefix)
+        if len(number) == 16 and all(digit in "0123456789abcdef" for digit in number):
+            found.append(int(number, 16))
+        if len(found) > _MAX_LOCKS:
+            raise UnavailableError(f"there are too many locks in {prefix}", hint="Delete that folder.")
+    return found
+
+
+def _read_lock(store: Store, name: str) -> LockRecord | None:
+    """Return who holds a lock; None if it is gone meanwhile, or is no lock and so nobody's."""
+    try:
+        return decode_json(name, get_object(store, name, MAX_KEY_OBJECT), LockRecord)
+    except DamagedError:
+        return None
+
+
+def _this_process(machine_id: str) -> LockRecord:
+    return LockRecord(
+        machine=machine_id,
+        host=socket.gethostname(),
+        host_id=_read_text("/etc/machine-id"),
+        boot_id=_read_text("/proc/sys/kernel/random/boot_id"),
+        namespace=str(Path("/proc/self/ns/pid").readlink()),
+        pid=os.getpid(),
+        started=_process_start(os.getpid()),
+        time=time.time(),
+    )
+
+
+def _process_start(pid: int) -> int:
+    """Return when a process started, in ticks after boot; 0 if it is gone or a zombie."""
+    fields = _read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return int(fields[19]) if len(fields) > 19 and fields[0] not in {"Z", "X"} else 0
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _lock_name(machine_id: str, generation: int) -> str:
+    return f"{LOCKS}{machine_id}/{generation:016x}"

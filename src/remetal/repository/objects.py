@@ -1,0 +1,125 @@
+"""Objects that are named after their content: `FOLDER/…HASH`, where HASH is the BLAKE3 of the object's bytes.
+
+Nobody needs a key to see whether such an object is still what was written, and no reader here uses one without
+looking first.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from typing import TypeVar
+
+import msgspec
+
+from remetal.errors import DamagedError
+from remetal.repository.cipher import digest
+from remetal.storage import AlreadyExistsError, NotFoundError, Pieces, Store
+
+CONFIG = "config"
+RECIPIENTS = "keys/recipients/"
+SLOTS = "keys/slots/"
+MACHINES = "keys/machines/"
+SECRETS = "keys/secrets/"
+PACKS = "packs/"
+INDEX = "index/"
+MAPS = "maps/"
+SNAPSHOTS = "snapshots/"
+LOCKS = "locks/"
+
+MAX_KEY_OBJECT = 64 << 10
+"""Size cap in bytes of everything below `keys/`, of the config, and of a lock."""
+
+HELP = "Run `remetal check` to see all that is wrong; bring the object back from a copy of the repository."
+
+_ENDING = re.compile(r"(?:.*[./])?([0-9a-f]{64})")
+_HEADER = {"pack": b"RMTLP\x01\0\0", "index": b"RMTLI\x01\0\0", "map": b"RMTLM\x01\0\0", "snapshot": b"RMTLS\x01\0\0"}
+HEADER_SIZE = 8
+
+RecordT = TypeVar("RecordT")
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all persisted records: immutable, by keyword, strict about unknown fields."""
+
+
+def header(kind: str) -> bytes:
+    """Return the first 8 bytes of a binary object: `RMTL`, a letter for its kind, format 1, two zeros."""
+    return _HEADER[kind]
+
+
+def hash_in_name(name: str) -> bytes | None:
+    """Return the BLAKE3 that an object's name promises, or None for an object that is not named so."""
+    match = _ENDING.fullmatch(name)
+    return bytes.fromhex(match[1]) if match else None
+
+
+def pack_name(identity: bytes) -> str:
+    """Return the name of the pack with this hash: packs are spread over 256 folders."""
+    return f"{PACKS}{identity[:1].hex()}/{identity.hex()}"
+
+
+def put_named(store: Store, prefix: str, *pieces: bytes) -> str:
+    """Store pieces under `prefix` plus their hash and return the name; an equal object that is there will do."""
+    name = f"{prefix}{digest(*pieces).hex()}"
+    put_once(store, name, pieces)
+    return name
+
+
+def put_once(store: Store, name: str, pieces: Pieces) -> None:
+    """Create an object whose name tells its content; somebody else having done so is as good."""
+    with suppress(AlreadyExistsError):
+        store.put(name, pieces)
+
+
+def get_object(store: Store, name: str, limit: int) -> bytes:
+    """Return an object of at most `limit` bytes. Raises DamagedError if it is missing or larger."""
+    try:
+        data = store.get(name, size=limit + 1)
+    except NotFoundError as error:
+        raise DamagedError(f"{store.location} lacks the object {name}", hint=HELP) from error
+    if len(data) > limit:
+        raise DamagedError(f"the object {name} is larger than anything remetal writes there", hint=HELP)
+    return data
+
+
+def get_named(store: Store, name: str, limit: int) -> bytes:
+    """Return an object after comparing it with the hash in its name. Raises DamagedError."""
+    data = get_object(store, name, limit)
+    if digest(data) != hash_in_name(name):
+        raise DamagedError(f"the object {name} is not what was written: its hash differs", hint=HELP)
+    return data
+
+
+def damaged(name: str, what: str) -> DamagedError:
+    """Return the error for an object whose bytes are intact in themselves but cannot be right."""
+    return DamagedError(f"the object {name} cannot be right: {what}", hint=HELP)
+
+
+_ENCODER = msgspec.json.Encoder(order="deterministic")
+
+
+def encode_json(record: Record) -> bytes:
+    """Return a record as JSON, the same bytes for the same record."""
+    return _ENCODER.encode(record)
+
+
+def decode_json(name: str, data: bytes, kind: type[RecordT]) -> RecordT:
+    """Parse a record strictly. Raises DamagedError that names the object."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise damaged(name, str(error)) from error
+
+
+def encode_lines(record: Record, seal: bytes) -> bytes:
+    """Return a small public record: one line of JSON, one line with a hash or signature in hexadecimal."""
+    return b"%b\n%b\n" % (encode_json(record), seal.hex().encode())
+
+
+def split_lines(name: str, data: bytes, size: int) -> tuple[bytes, bytes]:
+    """Return the JSON bytes and the `size` bytes of the second line. Raises DamagedError."""
+    lines = data.split(b"\n")
+    if len(lines) != 3 or lines[2] or not re.fullmatch(rb"[0-9a-f]{%d}" % (2 * size), lines[1]):
+        raise damaged(name, "it does not have the two lines it should have")
+    return lines[0], bytes.fromhex(lines[1].decode())

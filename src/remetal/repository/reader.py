@@ -1,0 +1,147 @@
+"""Reading a snapshot's chunks with a recipient's key. Nothing is returned that was not verified."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+
+from remetal.errors import DamagedError
+from remetal.repository.catalog import image_runs, load_table
+from remetal.repository.cipher import chunk_id
+from remetal.repository.machines import Domain, open_secrets, read_machines
+from remetal.repository.maps import ZERO_ID, Run
+from remetal.repository.objects import HELP, PACKS, damaged, pack_name
+from remetal.repository.packs import ZSTD, Codec, PackOpener, head_size, open_pack
+from remetal.repository.recipients import RecipientKey
+from remetal.repository.repository import Repository
+from remetal.repository.snapshots import ImageRecord, Snapshot
+from remetal.repository.table import ChunkTable
+from remetal.storage import NotFoundError
+
+_OPEN_PACKS = 512
+"""How many packs' keys are kept; each takes about a kilobyte."""
+
+
+class Reader:
+    """The chunks of one machine. Every method may be called from many threads at once."""
+
+    def __init__(self, repository: Repository, key: RecipientKey, domain: Domain, table: ChunkTable) -> None:
+        self._repository = repository
+        self._key = key
+        self._domain = domain
+        self._table = table
+        self._table.find(ZERO_ID)  # sorts what is waiting: from here on the table is only read
+        self._packs: OrderedDict[int, PackOpener] = OrderedDict()
+        self._guard = threading.Lock()
+        self._local = threading.local()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._packs.clear()
+
+    def runs(self, image: ImageRecord) -> Iterator[Run]:
+        """Yield the image's chunk ids in ascending order: ZERO_ID for zeros, nothing for holes.
+
+        Raises DamagedError.
+        """
+        return image_runs(self._repository, self._domain, image)
+
+    def chunk_id(self, data: bytes | memoryview) -> bytes:
+        """Return the id that a chunk of these bytes has, ZERO_ID if all of them are zero."""
+        identity = chunk_id(self._domain.id_key, data)
+        return ZERO_ID if identity == self._zero_id(len(data)) else identity
+
+    def read_chunk(self, identity: bytes) -> bytes:
+        """Return a chunk's bytes. `identity` is not ZERO_ID.
+
+        Raises DamagedError naming the pack if it is missing, shorter, or holds anything else.
+        """
+        place = self._table.find(identity)
+        if place is None:
+            raise DamagedError(f"no index object knows the chunk {identity.hex()}", hint=HELP)
+        pack = self._open_pack(place.pack)
+        size = place.word & (ZSTD - 1)
+        try:
+            sealed = self._repository.store.get(pack.name, start=place.offset, size=size)
+        except NotFoundError as error:
+            raise damaged(pack.name, "it is missing") from error
+        if len(sealed) != size:
+            raise damaged(pack.name, "it is shorter than it was")
+        return pack.open_chunk(sealed, place.ordinal, identity, place.word, place.plain, self._codec())
+
+    def verify_present(self, images: Iterable[ImageRecord]) -> None:
+        """Raise DamagedError unless every chunk is in the index and every pack it needs is there in full size.
+
+        Reads the maps and lists the packs; no pack is opened. Meant for the moment before a restore's first write.
+        """
+        needed: set[int] = set()
+        for image in images:
+            for run in self.runs(image):
+                ids = [each for each in run.ids if each != ZERO_ID]
+                numbers = self._table.packs_of(ids)
+                if -1 in numbers:
+                    lost = ids[numbers.index(-1)].hex()
+                    raise DamagedError(
+                        f"the image of {image.volume} needs the chunk {lost}, which no index object knows", hint=HELP
+                    )
+                needed.update(numbers)
+        missing = {pack_name(self._table.packs[each][0]): self._table.packs[each][1] for each in needed}
+        for entry in self._repository.store.entries(PACKS):
+            size = missing.pop(entry.name, None)
+            if size is not None and size != entry.size:
+                raise damaged(entry.name, f"it has {entry.size} bytes instead of {size}")
+        for name in missing:
+            raise damaged(name, "it is missing")
+
+    def _open_pack(self, number: int) -> PackOpener:
+        with self._guard:
+            pack = self._packs.get(number)
+            if pack is not None:
+                self._packs.move_to_end(number)
+                return pack
+        name = pack_name(self._table.packs[number][0])
+        try:
+            head = self._repository.store.get(name, size=head_size())
+        except NotFoundError as error:
+            raise damaged(name, "it is missing") from error
+        pack = open_pack(name, head, self._key)
+        if pack.machine_id != self._domain.machine_id:
+            raise damaged(name, "it belongs to another machine")
+        with self._guard:
+            self._packs[number] = pack
+            if len(self._packs) > _OPEN_PACKS:
+                self._packs.popitem(last=False)
+        return pack
+
+    def _codec(self) -> Codec:
+        codec: Codec | None = getattr(self._local, "codec", None)
+        if codec is None:
+            codec = self._local.codec = Codec(self._domain.id_key)
+        return codec
+
+    def _zero_id(self, size: int) -> bytes:
+        known: tuple[int, bytes] = getattr(self._local, "zero", (-1, b""))
+        if known[0] != size:
+            known = self._local.zero = (size, chunk_id(self._domain.id_key, bytes(size)))
+        return known[1]
+
+
+def open_reader(repository: Repository, key: RecipientKey, snapshot: Snapshot) -> Reader:
+    """Open a reader for the chunks of a snapshot's machine; it may be used in a `with` block.
+
+    A damaged index object is passed over: what it knew is missed when it is needed. Raises DamagedError if the
+    machine's record or secrets are damaged.
+    """
+    machines, problems = read_machines(repository.store, repository.config.id)
+    machine = next((each for each in machines if each.id == snapshot.machine_id), None)
+    if machine is None:
+        said = f": {problems[0]}" if problems else ""
+        raise DamagedError(f"the record of machine '{snapshot.machine}' is missing{said}", hint=HELP)
+    domain = open_secrets(repository.store, machine, key)
+    return Reader(repository, key, domain, load_table(repository, domain, []))

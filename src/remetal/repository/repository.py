@@ -1,0 +1,254 @@
+"""A repository: a store with a config, and the keys that live in it."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from remetal.errors import DamagedError, RefusedError
+from remetal.repository.cipher import KEY_SIZE
+from remetal.repository.config import (
+    DEFAULT_CHUNK_SIZE,
+    FORMAT,
+    Config,
+    check_chunk_size,
+    encode_config,
+    read_config,
+)
+from remetal.repository.kit import RecoveryKit, parse_kit
+from remetal.repository.machines import (
+    MachineKeys,
+    create_machine,
+    load_keys,
+    open_secrets,
+    read_machines,
+    save_keys,
+    seal_secrets,
+)
+from remetal.repository.objects import CONFIG, HELP, INDEX, MACHINES, PACKS, SNAPSHOTS
+from remetal.repository.recipients import RecipientKey, RecipientRecord, put_recipient, read_recipients
+from remetal.repository.slots import put_slot, read_slots, try_slot, unlock
+from remetal.storage import AlreadyExistsError, NotFoundError, Store
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """An open repository: where it is, and what its config says."""
+
+    store: Store
+    config: Config
+
+
+@dataclass(frozen=True, slots=True)
+class KeyInfo:
+    """One line of `list_keys`. `kind` is `recipient`, `passphrase` or `machine`; `of` the recipient of a passphrase."""
+
+    kind: str
+    id: str
+    created: str
+    name: str = ""
+    of: str = ""
+
+
+def utc_now() -> str:
+    """Return the present time, UTC, in ISO 8601 to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def init_repository(
+    store: Store, *, passphrase: str, chunk_size: int = DEFAULT_CHUNK_SIZE
+) -> tuple[Repository, RecoveryKit]:
+    """Make a repository with its first recipient, and return it with the kit to print.
+
+    `chunk_size` is in bytes, a power of two from 64 KiB to 4 MiB. The config is written last: before that there
+    is no repository. Raises RefusedError if the store holds one already, UsageError for an empty passphrase.
+    """
+    check_chunk_size(chunk_size)
+    _refuse_occupied(store)
+    seed = secrets.token_bytes(KEY_SIZE)
+    key = RecipientKey(RecipientKey("", seed).id, seed)
+    created = utc_now()
+    config = Config(format=FORMAT, id=key.id, chunk_size=chunk_size, created=created)
+    put_slot(store, key, passphrase, created=created)
+    put_recipient(store, key, certifier=key, created=created)
+    try:
+        store.put(CONFIG, [encode_config(config)])
+    except AlreadyExistsError as error:
+        raise RefusedError(
+            f"somebody else has just made a repository at {store.location}", hint="Use it, or choose another place."
+        ) from error
+    repository = Repository(store, config)
+    return repository, make_kit(repository, key)
+
+
+def _refuse_occupied(store: Store) -> None:
+    try:
+        store.get(CONFIG, size=1)
+    except NotFoundError:
+        pass
+    else:
+        raise RefusedError(
+            f"there is a repository at {store.location} already", hint="Use it, or choose another place."
+        )
+    for prefix in (PACKS, INDEX, SNAPSHOTS, MACHINES):
+        if next(store.entries(prefix), None) is not None:
+            raise RefusedError(
+                f"{store.location} holds a repository whose config is missing",
+                hint="Bring the object 'config' back from a copy of the repository, or choose another place.",
+            )
+
+
+def open_repository(store: Store) -> Repository:
+    """Open a repository.
+
+    Raises RefusedError if there is none or a newer remetal made it, DamagedError if its config is damaged.
+    """
+    return Repository(store, read_config(store))
+
+
+def enroll_machine(repository: Repository, name: str) -> MachineKeys:
+    """Make keys for a new machine and write its public record; the caller saves them (`save_machine_keys`).
+
+    The machine pins the recipients that stand now. Raises UsageError for an impossible name, DamagedError if
+    the repository's first recipient is not to be found.
+    """
+    return create_machine(
+        repository.store,
+        repository.config.id,
+        repository.config.chunk_size,
+        name,
+        trusted_recipients(repository),
+        utc_now(),
+    )
+
+
+def trusted_recipients(repository: Repository) -> list[RecipientRecord]:
+    """Return the recipients that the repository's id vouches for, the first one first. Raises DamagedError."""
+    recipients, problems = read_recipients(repository.store, repository.config.id)
+    if not recipients:
+        said = f": {problems[0]}" if problems else ""
+        raise DamagedError(f"the repository's first recipient is missing or damaged{said}", hint=HELP)
+    return recipients
+
+
+def new_recipients(repository: Repository, keys: MachineKeys) -> list[RecipientRecord]:
+    """Return the recipients that this machine does not seal its packs to yet."""
+    pinned = {each.id for each in keys.stored.recipients}
+    return [each for each in trusted_recipients(repository) if each.id not in pinned]
+
+
+def accept_recipients(repository: Repository, keys: MachineKeys) -> list[RecipientRecord]:
+    """Let this machine seal to the repository's new recipients from now on, and return those.
+
+    This is the deliberate act that a new recipient needs on each machine; older packs stay closed to it.
+    """
+    fresh = new_recipients(repository, keys)
+    for recipient in fresh:
+        seal_secrets(repository.store, keys.domain, recipient, repository.config.id)
+    keys.stored = msgspec.structs.replace(keys.stored, recipients=(*keys.stored.recipients, *fresh))
+    if keys.path is not None:
+        save_keys(keys.path.parent, keys)
+    return fresh
+
+
+def load_machine_keys(state: Path, repository: Repository) -> MachineKeys | None:
+    """Return the keys this machine keeps for the repository, or None. Raises RefusedError if they are unusable."""
+    return load_keys(state, repository.config.id)
+
+
+def save_machine_keys(state: Path, keys: MachineKeys) -> None:
+    """Keep the keys in the state folder, for the owner only. Raises RefusedError if that fails."""
+    save_keys(state, keys)
+
+
+def unlock_with_passphrase(repository: Repository, passphrase: str) -> RecipientKey:
+    """Return the recipient's key that a passphrase opens. Raises RefusedError if it opens none."""
+    return unlock(repository.store, repository.config.id, passphrase)[0]
+
+
+def unlock_with_kit(repository: Repository, text: str) -> RecipientKey:
+    """Return the recipient's key that is on a recovery kit.
+
+    Raises RefusedError for a typing error (naming the line) and for a kit of another repository.
+    """
+    repository_id, seed = parse_kit(text)
+    if repository_id != repository.config.id:
+        raise RefusedError(
+            f"the recovery kit is for the repository {repository_id}, this one is {repository.config.id}",
+            hint="Use this repository's kit; the id is printed on it.",
+        )
+    return RecipientKey(repository_id, seed)
+
+
+def list_keys(repository: Repository) -> list[KeyInfo]:
+    """Return recipients, passphrases and machines, as far as their records are whole."""
+    store, repository_id = repository.store, repository.config.id
+    recipients = [KeyInfo("recipient", each.id, each.created) for each in read_recipients(store, repository_id)[0]]
+    slots = read_slots(store, repository_id)[0]
+    passphrases = [KeyInfo("passphrase", each.slot.id, each.slot.created, of=each.slot.recipient) for each in slots]
+    machines = read_machines(store, repository_id)[0]
+    return recipients + passphrases + [KeyInfo("machine", each.id, each.created, each.name) for each in machines]
+
+
+def add_passphrase(repository: Repository, key: RecipientKey, passphrase: str) -> str:
+    """Add a passphrase for a recipient's key and return the slot's id. Raises UsageError for an empty one."""
+    return put_slot(repository.store, key, passphrase, created=utc_now()).id
+
+
+def remove_passphrase(repository: Repository, passphrase: str) -> list[str]:
+    """Remove every slot that a passphrase opens and return their ids.
+
+    Raises RefusedError if it opens none, or if no other passphrase would be left.
+    """
+    slots, _ = read_slots(repository.store, repository.config.id)
+    opened = [each for each in slots if try_slot(each.slot, passphrase) is not None]
+    if not opened:
+        raise RefusedError("the passphrase opens nothing in this repository", hint="List the keys: remetal key list")
+    if len(opened) == len(slots):
+        raise RefusedError(
+            "this is the repository's only passphrase", hint="Add another one first: remetal key add-passphrase"
+        )
+    for each in opened:
+        repository.store.delete(each.name)
+    return [each.slot.id for each in opened]
+
+
+def change_passphrase(repository: Repository, old: str, new: str) -> None:
+    """Put a new passphrase in the place of an old one; between the two steps both are good.
+
+    Raises RefusedError if the old one opens nothing.
+    """
+    key, stored = unlock(repository.store, repository.config.id, old)
+    put_slot(repository.store, key, new, created=utc_now())
+    repository.store.delete(stored.name)
+
+
+def add_recipient(repository: Repository, key: RecipientKey, passphrase: str) -> RecoveryKit:
+    """Make another recipient with a passphrase of its own, and return its kit.
+
+    It reads the catalogs of all machines at once, and the packs that a machine writes after the machine's
+    administrator has accepted it (`accept_recipients`). Raises DamagedError if a machine's secrets do not open.
+    """
+    store, created = repository.store, utc_now()
+    fresh = RecipientKey(repository.config.id, secrets.token_bytes(KEY_SIZE))
+    domains = [open_secrets(store, each, key) for each in read_machines(store, repository.config.id)[0]]
+    put_slot(store, fresh, passphrase, created=created)
+    record = put_recipient(store, fresh, certifier=key, created=created)
+    for domain in domains:
+        seal_secrets(store, domain, record, repository.config.id)
+    return make_kit(repository, fresh)
+
+
+def make_kit(repository: Repository, key: RecipientKey) -> RecoveryKit:
+    """Return the recovery kit of a recipient's key, dated today."""
+    return RecoveryKit(
+        repository_id=repository.config.id,
+        recipient_id=key.id,
+        location=repository.store.location,
+        created=utc_now(),
+        seed=key.seed,
+    )

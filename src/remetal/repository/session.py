@@ -1,0 +1,501 @@
+"""Writing a backup: chunks into packs, packs into the index, and at the end one signed snapshot.
+
+The caller's thread reads; worker threads hash, compress, encrypt and verify, each filling a pack of its own; two
+more threads store finished packs. Memory, whatever the image's size: two packs per worker and two more being
+stored (16 MiB each), the caller's batches, one page of the map (128 KiB), and the table of known chunks
+(`remetal.repository.table`).
+
+What is stored appears in this order: pack, index, snapshot. Index objects are written every few packs, so that a
+backup that is cut off leaves little that the next one has to store again.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from remetal import __version__
+from remetal.errors import DamagedError, RemetalError
+from remetal.events import Report, Warn, silent
+from remetal.repository.catalog import MachineAccess, check_keys, find_newest, image_runs, load_table
+from remetal.repository.cipher import chunk_id, digest
+from remetal.repository.indexes import PACKS_PER_INDEX, put_index
+from remetal.repository.locks import MachineLock, hold_machine
+from remetal.repository.machines import Head, MachineKeys
+from remetal.repository.maps import PAGE_CHUNKS, ZERO_ID, PageBuilder, map_digest, page_slots, put_page
+from remetal.repository.objects import pack_name, put_once
+from remetal.repository.packs import Codec, Contents, Pack, PackBuilder
+from remetal.repository.repository import Repository, new_recipients, utc_now
+from remetal.repository.snapshots import (
+    Body,
+    ImageRecord,
+    Snapshot,
+    check_image,
+    encode_snapshot,
+    open_envelope,
+    open_snapshot,
+    put_snapshot,
+    snapshot_name,
+)
+from remetal.repository.table import ChunkTable
+
+_UPLOADERS = 2
+_BATCHES_AHEAD = 4
+"""How many batches per worker may wait, where the producer's own pool of buffers sets no lower limit."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive whole chunks of an image; only the image's last chunk may be short.
+
+    `first` is the index of the first chunk. `release` is called exactly once, from any thread, when the bytes in
+    `data` are no longer needed.
+    """
+
+    first: int
+    data: memoryview
+    release: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What a session has done so far. `changed` counts bytes that differ from the predecessor at the same place."""
+
+    read_bytes: int = 0
+    new_bytes: int = 0
+    stored_bytes: int = 0
+    changed_bytes: int = 0
+    chunks_known: int = 0
+    chunks_new: int = 0
+    chunks_zero: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """What became of a batch: its chunks' ids in order, and the counts."""
+
+    first: int
+    ids: list[bytes]
+    statistics: Statistics
+
+
+class _Uploads:
+    """Stores finished packs beside the workers, adds them to the table, and writes index objects."""
+
+    def __init__(self, repository: Repository, keys: MachineKeys, table: ChunkTable, limit: int) -> None:
+        self._repository = repository
+        self._keys = keys
+        self._pool = ThreadPoolExecutor(_UPLOADERS, thread_name_prefix="upload")
+        self._room = threading.Semaphore(limit)
+        self._guard = threading.Lock()
+        self._table = table
+        self._claimed: set[bytes] = set()
+        self._stored: list[Contents] = []
+        self._futures: list[Future[None]] = []
+
+    def claim(self, ids: Sequence[bytes]) -> list[bool]:
+        """Return for each id whether the caller has to store it: nobody has, and nobody else is at it."""
+        with self._guard:
+            known = self._table.known(ids)
+            mine: list[bool] = []
+            for identity, there in zip(ids, known, strict=True):
+                fresh = not there and identity != ZERO_ID and identity not in self._claimed
+                if fresh:
+                    self._claimed.add(identity)
+                mine.append(fresh)
+            return mine
+
+    def store(self, pack: Pack) -> None:
+        """Hand a pack over; waits while too many are under way. Raises what an earlier pack ran into."""
+        self._room.acquire()
+        with self._guard:
+            done = [each for each in self._futures if each.done()]
+            self._futures = [each for each in self._futures if not each.done()]
+            self._futures.append(self._pool.submit(self._store, pack))
+        for each in done:
+            each.result()
+
+    def finish(self) -> None:
+        """Wait for every pack and put what is stored into the index. Raises what any of them ran into."""
+        self._pool.shutdown(wait=True)
+        try:
+            for each in self._futures:
+                each.result()
+        finally:
+            with self._guard:
+                waiting, self._stored = self._stored, []
+            if waiting:
+                put_index(self._repository.store, self._repository.config.id, self._keys.domain, waiting)
+
+    def _store(self, pack: Pack) -> None:
+        try:
+            put_once(self._repository.store, pack_name(pack.contents.identity), pack.pieces)
+            with self._guard:
+                self._table.add(pack.contents)
+                self._claimed.difference_update(row.tobytes() for row in pack.contents.entries["id"])
+                self._stored.append(pack.contents)
+                ready = self._stored if len(self._stored) >= PACKS_PER_INDEX else []
+                if ready:
+                    self._stored = []
+            if ready:
+                put_index(self._repository.store, self._repository.config.id, self._keys.domain, ready)
+        finally:
+            self._room.release()
+
+
+class _Worker:
+    """Turns batches into chunks in a pack of its own; used by one thread at a time."""
+
+    def __init__(self, repository: Repository, keys: MachineKeys, uploads: _Uploads) -> None:
+        self._repository = repository
+        self._keys = keys
+        self._uploads = uploads
+        self._codec = Codec(keys.stored.id_key)
+        self._zero_ids: dict[int, bytes] = {}
+        self._pack: PackBuilder | None = None
+
+    def encode(self, first: int, data: memoryview) -> _Encoded:
+        """Hash the chunks of a batch, and store those that nobody has."""
+        size = self._repository.config.chunk_size
+        chunks = [data[start : start + size] for start in range(0, len(data), size)]
+        ids = [self._identify(chunk) for chunk in chunks]
+        new_bytes = stored = new = 0
+        for chunk, identity, mine in zip(chunks, ids, self._uploads.claim(ids), strict=True):
+            if mine:
+                stored += self._add(identity, chunk)
+                new_bytes += len(chunk)
+                new += 1
+        zero = ids.count(ZERO_ID)
+        counts = Statistics(
+            read_bytes=len(data),
+            new_bytes=new_bytes,
+            stored_bytes=stored,
+            chunks_known=len(ids) - new - zero,
+            chunks_new=new,
+            chunks_zero=zero,
+        )
+        return _Encoded(first, ids, counts)
+
+    def flush(self) -> None:
+        """Hand over the open pack, if there is anything in it."""
+        pack, self._pack = self._pack, None
+        if pack is not None and not pack.empty:
+            self._uploads.store(pack.finish())
+
+    def _identify(self, chunk: memoryview) -> bytes:
+        identity = self._codec.identify(chunk)
+        zero = self._zero_ids.get(len(chunk))
+        if zero is None:
+            self._zero_ids.clear()
+            zero = self._zero_ids[len(chunk)] = chunk_id(self._keys.stored.id_key, bytes(len(chunk)))
+        return ZERO_ID if identity == zero else identity
+
+    def _add(self, identity: bytes, chunk: memoryview) -> int:
+        if self._pack is None:
+            config, stored = self._repository.config, self._keys.stored
+            self._pack = PackBuilder(config.id, stored.record.id, stored.recipients, self._codec)
+        size = self._pack.add(identity, chunk)
+        if self._pack.full:
+            self.flush()
+        return size
+
+
+class _MapWriter:
+    """Collects an image's ids in order and stores the pages of its map."""
+
+    def __init__(self, repository: Repository, keys: MachineKeys, size: int) -> None:
+        self._repository = repository
+        self._keys = keys
+        self._size = size
+        self._page: PageBuilder | None = None
+        self.pages: list[bytes] = []
+
+    def add(self, first: int, ids: list[bytes]) -> None:
+        """Set the ids of consecutive chunks, behind all that were set before."""
+        done = 0
+        while done < len(ids):
+            number, slot = divmod(first + done, PAGE_CHUNKS)
+            self._turn_to(number)
+            assert self._page is not None
+            part = ids[done : done + PAGE_CHUNKS - slot]
+            self._page.set(slot, part)
+            done += len(part)
+
+    def finish(self, pages: int) -> list[bytes]:
+        """Store what is left and return the names of all `pages` pages."""
+        self._turn_to(pages)
+        return self.pages
+
+    def _turn_to(self, number: int) -> None:
+        if self._page is not None and len(self.pages) < number:
+            body = self._page.encode()
+            name = put_page(self._repository.store, self._repository.config.id, self._keys.domain, body)
+            self.pages.append(name)
+            self._page = None
+        self.pages += [b""] * (number - len(self.pages))
+        if self._page is None:
+            slots = page_slots(number, self._size, self._repository.config.chunk_size)
+            self._page = PageBuilder(slots) if slots > 0 else None
+
+
+class _Predecessor:
+    """The ids of an earlier image, read along with a new one, to tell how much has changed."""
+
+    def __init__(self, repository: Repository, keys: MachineKeys, image: ImageRecord | None, report: Report) -> None:
+        same = image is not None and image.chunk_size == repository.config.chunk_size
+        self._runs = image_runs(repository, keys.domain, image) if image is not None and same else iter(())
+        self._report = report
+        self._first = 0
+        self._ids: list[bytes] = []
+
+    def changed(self, first: int, ids: list[bytes]) -> list[bool]:
+        """Tell for each of these chunks whether it differs from the one that stood there."""
+        return [self._id_at(first + number) != identity for number, identity in enumerate(ids)]
+
+    def _id_at(self, index: int) -> bytes:
+        while index >= self._first + len(self._ids):
+            try:
+                run = next(self._runs, None)
+            except DamagedError as error:
+                self._report(Warn(f"The predecessor cannot be compared: {error.message}", error.hint))
+                run = None
+            if run is None:
+                self._runs, self._first, self._ids = iter(()), 1 << 63, []
+                return b""
+            self._first, self._ids = run.first, run.ids
+        return self._ids[index - self._first] if index >= self._first else b""
+
+
+class Session:
+    """One backup of one machine. Made by `open_session`; its methods are called from one thread."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        keys: MachineKeys,
+        lock: MachineLock,
+        previous: tuple[Snapshot | None, Head | None],
+        table: ChunkTable,
+        *,
+        workers: int,
+        report: Report,
+    ) -> None:
+        self.previous, self._follows = previous
+        self.statistics = Statistics()
+        self.chunk_size = repository.config.chunk_size
+        self.workers = workers
+        self._repository = repository
+        self._keys = keys
+        self._lock = lock
+        self._report = report
+        self._uploads = _Uploads(repository, keys, table, workers + _UPLOADERS)
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="encode")
+        self._ahead = workers * _BATCHES_AHEAD
+        self._workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for _ in range(workers):
+            self._workers.put(_Worker(repository, keys, self._uploads))
+        self._failed = threading.Event()
+        self._images: list[ImageRecord] = []
+        self._ended = False
+
+    def write_image(
+        self, volume: str, size: int, batches: Iterable[Batch], *, previous: ImageRecord | None = None
+    ) -> ImageRecord:
+        """Store a volume's content of `size` bytes and return the record that the snapshot will hold.
+
+        Takes batches in this thread, in ascending order; chunks in no batch are holes. Every batch that was
+        taken is released, whatever happens. `previous` is the volume's image in an earlier snapshot: only the
+        count of changed bytes needs it. Raises UnavailableError if the store fails, RemetalError if this
+        computer miscalculates, and whatever `batches` raises; the session can then only be left.
+        """
+        assert not self._ended, "the session has ended"
+        chunk_size = self._repository.config.chunk_size
+        pages = -(-size // (chunk_size * PAGE_CHUNKS))
+        writer = _MapWriter(self._repository, self._keys, size)
+        predecessor = _Predecessor(self._repository, self._keys, previous, self._report)
+        before = self.statistics
+        waiting: deque[Future[_Encoded | None]] = deque()
+        try:
+            following = 0
+            for batch in batches:
+                waiting.append(self._submit(batch, following, size))
+                following = batch.first + -(-len(batch.data) // chunk_size)
+                while waiting and (waiting[0].done() or len(waiting) >= self._ahead):
+                    self._collect(waiting.popleft(), writer, predecessor)
+            while waiting:
+                self._collect(waiting.popleft(), writer, predecessor)
+            names = writer.finish(pages)
+        except BaseException:
+            self._failed.set()
+            raise
+        finally:
+            for each in waiting:
+                with suppress(Exception):
+                    each.result()
+        record = ImageRecord(
+            volume=volume,
+            size=size,
+            chunk_size=chunk_size,
+            used=self.statistics.read_bytes - before.read_bytes,
+            stored=self.statistics.stored_bytes - before.stored_bytes,
+            digest=map_digest(size, chunk_size, names),
+            pages=tuple(names),
+        )
+        check_image(volume, record)
+        self._images.append(record)
+        return record
+
+    def commit(self, *, layout: bytes, hostname: str, tags: Sequence[str] = (), time: str | None = None) -> Snapshot:
+        """Store all that is still in memory, then the signed snapshot, and return it: the backup is acknowledged.
+
+        `layout` is the layout's JSON; `time` is UTC in ISO 8601, by default now. Raises UnavailableError if the
+        store fails or the lock was lost; then there is no snapshot.
+        """
+        assert not self._ended, "the session has ended"
+        assert not self._failed.is_set(), "an image of the session has failed"
+        self._ended = True
+        self._flush()
+        sequence = self._follows.sequence + 1 if self._follows else 1
+        body = Body(
+            time=time or utc_now(),
+            hostname=hostname,
+            tags=tuple(tags),
+            version=__version__,
+            layout=bytes(layout),
+            images=tuple(self._images),
+        )
+        stored = self._keys.stored
+        data = encode_snapshot(
+            body,
+            self._repository.config.id,
+            self._keys.domain,
+            stored.signing_seed,
+            sequence,
+            self._follows.id if self._follows else "",
+        )
+        snapshot = self._read_back(sequence, data)
+        self._lock.check()
+        put_snapshot(self._repository.store, self._keys.machine_id, sequence, data)
+        try:
+            self._keys.remember(Head(sequence=sequence, id=snapshot.id))
+        except RemetalError as error:
+            self._report(Warn(f"The backup is complete, but {error.message}", error.hint))
+        return snapshot
+
+    def abandon(self) -> None:
+        """Leave without a snapshot: what is stored already is put into the index for the next backup."""
+        self._failed.set()
+        self._ended = True
+        self._pool.shutdown(wait=True)
+        with suppress(Exception):  # the error that led here is the one to tell
+            self._uploads.finish()
+
+    def _submit(self, batch: Batch, following: int, size: int) -> Future[_Encoded | None]:
+        chunk_size = self._repository.config.chunk_size
+        start = batch.first * chunk_size
+        whole = len(batch.data) % chunk_size == 0 or start + len(batch.data) == size
+        try:
+            if batch.first < following or not whole or start + len(batch.data) > size:
+                raise ValueError(f"a batch of {len(batch.data)} bytes cannot stand at chunk {batch.first}")
+            return self._pool.submit(self._encode, batch)
+        except BaseException:
+            batch.release()
+            raise
+
+    def _encode(self, batch: Batch) -> _Encoded | None:
+        """Runs in a worker thread; None if the session has failed meanwhile."""
+        worker = self._workers.get()
+        try:
+            return None if self._failed.is_set() else worker.encode(batch.first, batch.data)
+        except BaseException:
+            self._failed.set()
+            raise
+        finally:
+            self._workers.put(worker)
+            batch.release()
+
+    def _collect(self, future: Future[_Encoded | None], writer: _MapWriter, predecessor: _Predecessor) -> None:
+        done = future.result()
+        if done is None:
+            return  # another batch has failed, and its future says why
+        writer.add(done.first, done.ids)
+        counts, total = done.statistics, self.statistics
+        size = self._repository.config.chunk_size
+        changed = sum(
+            min(size, counts.read_bytes - number * size)
+            for number, differs in enumerate(predecessor.changed(done.first, done.ids))
+            if differs
+        )
+        self.statistics = Statistics(
+            read_bytes=total.read_bytes + counts.read_bytes,
+            new_bytes=total.new_bytes + counts.new_bytes,
+            stored_bytes=total.stored_bytes + counts.stored_bytes,
+            changed_bytes=total.changed_bytes + changed,
+            chunks_known=total.chunks_known + counts.chunks_known,
+            chunks_new=total.chunks_new + counts.chunks_new,
+            chunks_zero=total.chunks_zero + counts.chunks_zero,
+        )
+
+    def _flush(self) -> None:
+        self._pool.shutdown(wait=True)
+        while not self._workers.empty():
+            self._workers.get().flush()
+        self._uploads.finish()
+
+    def _read_back(self, sequence: int, data: bytes) -> Snapshot:
+        """Decode a snapshot from the very bytes that will be stored."""
+        machine = self._keys.stored.record
+        name = snapshot_name(machine.id, sequence, digest(data).hex())
+        envelope = open_envelope(name, data, machine)
+        return open_snapshot(envelope, data, machine, self._keys.domain)
+
+
+@contextmanager
+def open_session(
+    repository: Repository, keys: MachineKeys, *, workers: int | None = None, report: Report = silent
+) -> Iterator[Session]:
+    """Begin a backup of the machine that the keys belong to.
+
+    `workers` is the number of threads that encode, by default one per processor. Leaving the block without
+    `commit` leaves no snapshot. Raises UnavailableError if another backup of the machine is at work,
+    RefusedError if the keys are another repository's.
+    """
+    check_keys(repository, keys)
+    with hold_machine(repository.store, keys.machine_id) as lock:
+        problems: list[str] = []
+        access = MachineAccess(keys.stored.record, keys.domain)
+        previous = find_newest(repository, access, keys.stored.head, problems)
+        damage: list[DamagedError] = []
+        table = load_table(repository, keys.domain, damage)
+        problems += [f"{error.message}; its chunks are stored again" for error in damage]
+        for problem in problems:
+            report(Warn(problem, "Run `remetal check`."))
+        _tell_new_recipients(repository, keys, report)
+        session = Session(
+            repository, keys, lock, previous, table, workers=workers or os.cpu_count() or 1, report=report
+        )
+        try:
+            yield session
+        finally:
+            session.abandon()
+
+
+def _tell_new_recipients(repository: Repository, keys: MachineKeys, report: Report) -> None:
+    try:
+        fresh = new_recipients(repository, keys)
+    except DamagedError as error:
+        report(Warn(error.message, error.hint))
+        return
+    for recipient in fresh:
+        report(
+            Warn(
+                f"The repository has a recipient that this machine does not seal to yet: {recipient.id}",
+                "If you know whose key that is, accept it: remetal key accept",
+            )
+        )
