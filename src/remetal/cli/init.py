@@ -1,0 +1,77 @@
+"""`remetal init`: a new repository and its first recipient."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from remetal.cli.key import write_kit
+from remetal.cli.options import Output, Repo, new_passphrase
+from remetal.cli.output import print_result
+from remetal.repository import DEFAULT_CHUNK_SIZE, init_repository
+from remetal.storage import open_store
+from remetal.units import format_bytes, parse_bytes
+
+
+def init(
+    *,
+    repo: Repo,
+    passphrase_file: Annotated[
+        Path | None,
+        Parameter(
+            name="--passphrase-file",
+            env_var="REMETAL_PASSPHRASE_FILE",
+            help="Take the passphrase from the first line of this file instead of asking twice.",
+            metavar="FILE",
+        ),
+    ] = None,
+    chunk_size: Annotated[
+        str,
+        Parameter(
+            name="--chunk-size",
+            help="The unit of deduplication, a power of two from 64K to 4M; it can not be changed later.",
+            metavar="SIZE",
+        ),
+    ] = f"{DEFAULT_CHUNK_SIZE // 1024}K",
+    kit_page: Annotated[
+        Path | None,
+        Parameter(
+            name="--kit-page",
+            help="Also write the recovery kit as a page to print, with a QR code.",
+            metavar="FILE",
+        ),
+    ] = None,
+    output: Output = Output(),
+) -> None:
+    """Make a repository and its first recipient, and print the recovery kit.
+
+    Whoever has the passphrase or the recovery kit can restore every machine from this repository; nobody else can.
+    Print the kit and keep it where no machine can reach it: without both, the backups cannot be read.
+
+    Example: `remetal init --repo /mnt/usb/backup --kit-page kit.html`
+    """
+    size = parse_bytes(chunk_size)
+    store = open_store(repo)
+    try:
+        passphrase = new_passphrase(passphrase_file, what="the repository")
+        repository, kit = init_repository(store, passphrase=passphrase, chunk_size=size)
+    finally:
+        store.close()
+    if kit_page is not None:
+        write_kit(kit_page, kit.page())
+    result = {
+        "repository": repository.config.id,
+        "location": store.location,
+        "format": repository.config.format,
+        "chunk_size": repository.config.chunk_size,
+        "kit": kit.text(),
+    }
+    print_result(
+        output,
+        result,
+        f"Made repository {repository.config.id} at {store.location} (chunks of {format_bytes(size)}).\n",
+        kit.text(),
+        "Print this recovery kit and keep it in a safe place. Then: `remetal backup`.",
+    )

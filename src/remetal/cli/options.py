@@ -1,0 +1,129 @@
+"""Options that several commands share, and reading the secrets that they name."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from getpass import getpass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Group, Parameter
+
+from remetal.errors import RefusedError, UsageError
+from remetal.workflows.access import Secret
+
+GENERAL = Group("General options", sort_key=90)
+
+Repo = Annotated[
+    str,
+    Parameter(
+        name=["--repo", "-r"],
+        env_var="REMETAL_REPO",
+        help="The repository: a folder, such as /mnt/usb/backup.",
+        metavar="REPOSITORY",
+    ),
+]
+
+Machine = Annotated[
+    str | None,
+    Parameter(name=["--machine"], help="The machine's name or id.", metavar="NAME"),
+]
+
+
+@Parameter(name="*", group=GENERAL)
+@dataclass(frozen=True)
+class Output:
+    """How a command talks."""
+
+    json: Annotated[
+        bool, Parameter(name="--json", negative="", help="Print the result as JSON on standard output.")
+    ] = False
+    quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], negative="", help="Print the result and errors only.")] = (
+        False
+    )
+    debug: Annotated[bool, Parameter(name="--debug", negative="", help="Show a traceback when something fails.")] = (
+        False
+    )
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Credentials:
+    """Where the secret comes from that opens the repository's private key."""
+
+    passphrase_file: Annotated[
+        Path | None,
+        Parameter(
+            name="--passphrase-file",
+            env_var="REMETAL_PASSPHRASE_FILE",
+            help="Read the passphrase from the first line of this file instead of asking.",
+            metavar="FILE",
+        ),
+    ] = None
+    kit_file: Annotated[
+        Path | None,
+        Parameter(
+            name="--kit-file",
+            help="Open the repository with the text of its recovery kit from this file.",
+            metavar="FILE",
+        ),
+    ] = None
+
+
+def find_secret(credentials: Credentials) -> Secret | None:
+    """Return the secret that the options name, or None if they name none."""
+    if credentials.passphrase_file is not None and credentials.kit_file is not None:
+        raise UsageError("--passphrase-file and --kit-file exclude each other")
+    if credentials.kit_file is not None:
+        return Secret(kit=_read_text(credentials.kit_file))
+    if credentials.passphrase_file is not None:
+        lines = _read_text(credentials.passphrase_file).splitlines()
+        if not lines or not lines[0]:
+            raise UsageError(f"the first line of {credentials.passphrase_file} is empty; it should be the passphrase")
+        return Secret(passphrase=lines[0])
+    return None
+
+
+def need_secret(credentials: Credentials) -> Secret:
+    """Return the secret that the options name, or ask for the passphrase on the terminal.
+
+    Raises RefusedError if there is nobody to ask.
+    """
+    secret = find_secret(credentials)
+    if secret is not None:
+        return secret
+    if not sys.stdin.isatty():
+        raise RefusedError(
+            "the repository's passphrase is needed, and there is no terminal to ask for it",
+            hint="Give --passphrase-file FILE or --kit-file FILE, or set REMETAL_PASSPHRASE_FILE.",
+        )
+    return Secret(passphrase=getpass("Passphrase of the repository: "))
+
+
+def new_passphrase(file: Path | None, *, what: str) -> str:
+    """Return a new passphrase from a file's first line, or asked for twice. Raises UsageError, RefusedError."""
+    secret = find_secret(Credentials(passphrase_file=file))
+    if secret is not None and secret.passphrase is not None:
+        return secret.passphrase
+    if not sys.stdin.isatty():
+        raise RefusedError(
+            f"a passphrase for {what} is needed, and there is no terminal to ask for it",
+            hint="Give it in a file, whose first line is read.",
+        )
+    first = getpass(f"New passphrase for {what}: ")
+    if not first:
+        raise UsageError("an empty passphrase protects nothing")
+    if getpass("The same again: ") != first:
+        raise UsageError("the two passphrases differ")
+    return first
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {os.strerror(error.errno or 0)}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not a text file") from error

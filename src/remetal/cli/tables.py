@@ -1,0 +1,189 @@
+"""How layouts, snapshots, plans and reports look to a person, and as records for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from remetal.ids import short
+from remetal.layout.model import FileSystem, GptTable, Inventory, Layout, MbrTable, Raw, SpaceId, Swap
+from remetal.repository import ImageRecord, KeyInfo, Snapshot
+from remetal.units import format_bytes, format_duration
+from remetal.workflows.restore import Prepared, RestoreReport
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    """Return an empty table; columns that start with `>` hold numbers."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(
+            column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold"
+        )
+    return table
+
+
+def layout_table(layout: Layout, images: Sequence[ImageRecord] = ()) -> Table:
+    """Return disks, partitions and contents in the order in which they lie; with the sizes of captured images."""
+    captured = {image.volume: image for image in images}
+    table = _table("space", ">start", ">size", "content", "label", "uuid", *((">used", ">stored") if images else ()))
+    for space, indent in _spaces(layout):
+        _, start, size = layout.place(space)
+        content, label, uuid = _describe(layout, space)
+        row = [f"{indent}{escape(space)}", format_bytes(start) if start else "", format_bytes(size)]
+        row += [content, escape(label), escape(uuid)]
+        if images:
+            image = captured.get(space)
+            row += [format_bytes(image.used), format_bytes(image.stored)] if image else ["", ""]
+        table.add_row(*row)
+    return table
+
+
+def _spaces(layout: Layout) -> Iterable[tuple[SpaceId, str]]:
+    for disk in layout.disks:
+        yield disk.name, ""
+        table = layout.layer_on(disk.name)
+        if isinstance(table, (GptTable, MbrTable)):
+            if layout.layer_on(f"{disk.name}:boot") is not None:
+                yield f"{disk.name}:boot", "  "
+            for partition in sorted(table.partitions, key=lambda each: each.start):
+                yield f"{disk.name}:{partition.number}", "  "
+
+
+def _describe(layout: Layout, space: SpaceId) -> tuple[str, str, str]:
+    """Return content, label and UUID of what is on a space."""
+    match layout.layer_on(space):
+        case GptTable() as table:
+            return "GPT partition table", "", table.disk_guid
+        case MbrTable() as table:
+            return "MBR partition table", "", table.signature
+        case FileSystem() as found:
+            return found.type, found.label, found.uuid
+        case Swap() as swap:
+            return "swap", swap.label, swap.uuid
+        case Raw(type=kind):
+            return (f"{escape(kind)}, whole" if kind else "unknown content, whole"), "", ""
+        case _:
+            return "empty", "", ""
+
+
+def inventory_lines(inventory: Inventory) -> str:
+    """Return a machine's hardware in two lines."""
+    box = " ".join(part for part in (inventory.vendor, inventory.product) if part) or "unknown machine"
+    nics = ", ".join(f"{nic.name} ({nic.mac}, {nic.driver or 'no driver'})" for nic in inventory.nics) or "no network"
+    return escape(
+        f"{box}: {inventory.cpu or inventory.architecture}, {inventory.cores} cores, "
+        f"{format_bytes(inventory.memory)} memory, {inventory.firmware.upper()}\n{nics}\n"
+    )
+
+
+def snapshot_record(snapshot: Snapshot) -> dict[str, object]:
+    """Return a snapshot as programs read it; sizes in bytes."""
+    return {
+        "id": snapshot.id,
+        "machine": snapshot.machine,
+        "machine_id": snapshot.machine_id,
+        "sequence": snapshot.sequence,
+        "time": snapshot.time,
+        "hostname": snapshot.hostname,
+        "tags": list(snapshot.tags),
+        "used": sum(image.used for image in snapshot.images),
+        "stored": sum(image.stored for image in snapshot.images),
+        "images": [
+            {"volume": image.volume, "size": image.size, "used": image.used, "stored": image.stored}
+            for image in snapshot.images
+        ],
+        "version": snapshot.version,
+    }
+
+
+def snapshot_table(snapshots: Sequence[Snapshot]) -> RenderableType:
+    """Return the list of snapshots, or a sentence where there is none."""
+    if not snapshots:
+        return "No snapshot yet."
+    table = _table("snapshot", "machine", "time (UTC)", ">used", ">stored", "volumes", "tags")
+    for each in snapshots:
+        table.add_row(
+            short(each.id),
+            escape(each.machine),
+            _moment(each.time),
+            format_bytes(sum(image.used for image in each.images)),
+            format_bytes(sum(image.stored for image in each.images)),
+            escape(" ".join(image.volume for image in each.images)),
+            escape(" ".join(each.tags)),
+        )
+    return table
+
+
+def snapshot_lines(snapshot: Snapshot) -> str:
+    """Return the head of one snapshot's description."""
+    tags = f", tags {' '.join(snapshot.tags)}" if snapshot.tags else ""
+    return escape(
+        f"Snapshot {snapshot.id}\nof {snapshot.machine} (machine {snapshot.machine_id}), number {snapshot.sequence}, "
+        f"taken {_moment(snapshot.time)} UTC on {snapshot.hostname} by remetal {snapshot.version}{tags}\n"
+    )
+
+
+def plan_record(prepared: Prepared) -> dict[str, object]:
+    """Return a plan as programs read it."""
+    record: dict[str, object] = msgspec.to_builtins(prepared.plan)
+    return record
+
+
+def plan_view(prepared: Prepared) -> list[RenderableType]:
+    """Return a plan as a person reads it: targets, every volume's fate, notes, the id."""
+    plan = prepared.plan
+    targets = _table("disk", "target", ">size", "on it now")
+    for name, target in sorted(plan.targets.items()):
+        hardware = " ".join(word for word in (target.model, target.serial) if word)
+        place = f"{target.path} ({hardware})" if hardware else target.path
+        now = "new file" if not target.exists else target.content or "blank"
+        targets.add_row(escape(name), escape(place), format_bytes(target.size), escape(now))
+    volumes = _table("volume", "target", ">start", ">size", "content", "what happens")
+    for fate in plan.fates:
+        disk, start, size = plan.result.place(fate.volume)
+        content, label, _ = _describe(plan.result, fate.volume)
+        volumes.add_row(
+            escape(fate.volume),
+            escape(plan.targets[disk.name].path),
+            format_bytes(start),
+            format_bytes(size),
+            f"{content} {escape(label)}".strip(),
+            escape(fate.text),
+        )
+    snapshot = prepared.snapshot
+    head = escape(f"Restore of {snapshot.machine}, snapshot {short(snapshot.id)}, taken {_moment(snapshot.time)} UTC\n")
+    notes = [f"[yellow]{escape(text)}[/yellow]" for text in plan.warnings] + [escape(text) for text in plan.notes]
+    tail = f"At most {format_bytes(plan.bytes_to_write)} to write. Plan [bold]{short(plan.id)}[/bold]\n"
+    return [head, targets, "", volumes, "", *notes, tail]
+
+
+def restore_lines(report: RestoreReport) -> str:
+    """Return what a restore did, and every change that was made to fit the system to its hardware."""
+    compared = sum(each.compared for each in report.volumes.values())
+    took = format_duration(report.seconds)
+    rest = f"{format_bytes(report.written)} written, the rest stood there already."
+    lines = [f"Restored {format_bytes(compared)} in {took}: {rest}"]
+    if report.adaptation is not None:
+        lines += [f"changed {change.path}: {change.what}" for change in report.adaptation.changes]
+        lines += list(report.adaptation.notes)
+    if report.verified:
+        lines.append("Every volume was read back and is as it was captured.")
+    return escape("\n".join(lines))
+
+
+def _moment(time: str) -> str:
+    """Return an ISO time without fractions and zone, as the tables show it."""
+    return time[:19].replace("T", " ")
+
+
+def key_table(keys: Sequence[KeyInfo]) -> Table:
+    """Return recipients, passphrases and machines, one per line."""
+    table = _table("kind", "id", "made (UTC)", "about")
+    for key in keys:
+        about = f"opens recipient {short(key.of)}" if key.of else key.name
+        table.add_row(key.kind, short(key.id), _moment(key.created), escape(about))
+    return table

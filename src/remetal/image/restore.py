@@ -1,0 +1,158 @@
+"""Writing an image back by comparing first: what already stands on the target is hashed and skipped.
+
+So writing is idempotent. A restore that lost power goes on where it was, a second one writes nothing, and a
+rollback on the same disk writes only what differs. Holes of the image are not touched.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from remetal.errors import DamagedError
+from remetal.events import Progress, Report, silent
+from remetal.image.capture import wants_direct
+from remetal.repository import ZERO_ID, ImageRecord, Reader, Run
+from remetal.system.blockdev import DiskIO, Span, aligned_buffer, open_disk
+from remetal.units import MIB
+
+GROUP = 4 * MIB
+"""Bytes of the target that one worker compares and writes at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a restore of one image did, in bytes of the target."""
+
+    compared: int = 0
+    written: int = 0
+
+    def __add__(self, other: Written) -> Written:
+        return Written(self.compared + other.compared, self.written + other.written)
+
+
+def restore_image(
+    reader: Reader,
+    image: ImageRecord,
+    span: Span,
+    *,
+    part: str,
+    workers: int | None = None,
+    report: Report = silent,
+) -> Written:
+    """Make the bytes at `span` equal to the image, writing only chunks that differ; durable on return.
+
+    Many chunks are in flight at once. Raises DamagedError if a chunk cannot be read back as it was stored,
+    RemetalError if the target cannot be written; what was written stays, and the next call goes on from there.
+    """
+    return _walk(reader, image, span, part=part, workers=workers, report=report, writing=True)
+
+
+def verify_image(
+    reader: Reader,
+    image: ImageRecord,
+    span: Span,
+    *,
+    part: str,
+    workers: int | None = None,
+    report: Report = silent,
+) -> Written:
+    """Compare the bytes at `span` with the image and write nothing; `written` counts the bytes that differ."""
+    return _walk(reader, image, span, part=part, workers=workers, report=report, writing=False)
+
+
+def _walk(
+    reader: Reader,
+    image: ImageRecord,
+    span: Span,
+    *,
+    part: str,
+    workers: int | None,
+    report: Report,
+    writing: bool,
+) -> Written:
+    if image.size > span.size:
+        raise DamagedError(f"the image of '{image.volume}' has {image.size} bytes, its place only {span.size}")
+    workers = workers or os.cpu_count() or 1
+    buffers = threading.local()
+    result = Written()
+    report(Progress(part, 0, image.used))
+
+    def work(disk: DiskIO, group: Run) -> Written:
+        if not hasattr(buffers, "own"):
+            buffers.own = aligned_buffer(max(GROUP, image.chunk_size))
+        return _bring(reader, image, span, disk, group, buffers.own, writing=writing)
+
+    with (
+        open_disk(span.path, writable=writing, direct=wants_direct(span)) as disk,
+        ThreadPoolExecutor(workers, thread_name_prefix="restore") as pool,
+    ):
+        pending: deque[Future[Written]] = deque()
+        try:
+            for group in _groups(reader, image):
+                pending.append(pool.submit(work, disk, group))
+                if len(pending) > 2 * workers:
+                    result += pending.popleft().result()
+                    report(Progress(part, result.compared, image.used))
+            while pending:
+                result += pending.popleft().result()
+                report(Progress(part, result.compared, image.used))
+        finally:
+            for future in pending:
+                future.cancel()
+    return result
+
+
+def _groups(reader: Reader, image: ImageRecord) -> Iterator[Run]:
+    """Yield the image's runs, cut into pieces that fit one buffer."""
+    count = max(GROUP // image.chunk_size, 1)
+    for run in reader.runs(image):
+        for index in range(0, len(run.ids), count):
+            yield Run(run.first + index, run.ids[index : index + count])
+
+
+def _bring(
+    reader: Reader,
+    image: ImageRecord,
+    span: Span,
+    disk: DiskIO,
+    group: Run,
+    buffer: memoryview,
+    *,
+    writing: bool,
+) -> Written:
+    """Compare one group of chunks with the target and bring over those that differ."""
+    start = group.first * image.chunk_size
+    size = min(len(group.ids) * image.chunk_size, image.size - start)
+    view = buffer[:size]
+    disk.read_into(view, span.start + start)
+    written = 0
+    for number, wanted in enumerate(group.ids):
+        place = number * image.chunk_size
+        piece = view[place : place + image.chunk_size]
+        if _stands_there(reader, piece, wanted):
+            continue
+        written += len(piece)
+        if writing:
+            content = bytes(len(piece)) if wanted == ZERO_ID else reader.read_chunk(wanted)
+            if len(content) != len(piece):
+                raise DamagedError(
+                    f"a chunk of '{image.volume}' has {len(content)} bytes instead of {len(piece)}",
+                    hint="Run `remetal check --read-data`, and restore another snapshot if there is one.",
+                )
+            piece[:] = content
+            disk.write(piece, span.start + start + place)
+    return Written(compared=size, written=written)
+
+
+def _stands_there(reader: Reader, piece: memoryview, wanted: bytes) -> bool:
+    blank = not np.frombuffer(piece, np.uint8).any()
+    if wanted == ZERO_ID:
+        return blank
+    return not blank and reader.chunk_id(piece) == wanted

@@ -1,0 +1,141 @@
+"""Opening a repository and its keys the way a person names them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from remetal.errors import RefusedError, UsageError
+from remetal.ids import match_prefix
+from remetal.repository import (
+    Catalog,
+    MachineKeys,
+    RecipientKey,
+    Repository,
+    Snapshot,
+    load_machine_keys,
+    open_catalog,
+    open_repository,
+    state_folder,
+    unlock_with_kit,
+    unlock_with_passphrase,
+)
+from remetal.storage import open_store
+
+
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """What opens a recipient's private key: the passphrase, or the text of the printed recovery kit."""
+
+    passphrase: str | None = None
+    kit: str | None = None
+
+
+@contextmanager
+def opened_repository(location: str) -> Iterator[Repository]:
+    """Open the repository at `location` for the length of a block.
+
+    Raises UnavailableError if it cannot be reached, RefusedError if there is none or its format is newer.
+    """
+    store = open_store(location)
+    try:
+        yield open_repository(store)
+    finally:
+        store.close()
+
+
+def unlock(repository: Repository, secret: Secret) -> RecipientKey:
+    """Open the recipient's private key. Raises RefusedError if the secret is wrong or missing."""
+    if secret.kit is not None:
+        return unlock_with_kit(repository, secret.kit)
+    if secret.passphrase is not None:
+        return unlock_with_passphrase(repository, secret.passphrase)
+    raise RefusedError(
+        "this needs the repository's passphrase or its recovery kit",
+        hint="Type the passphrase when asked, or give --passphrase-file or --kit-file.",
+    )
+
+
+def find_local_keys(repository: Repository) -> list[MachineKeys]:
+    """Return the keys of the machines that back up to this repository from here, by name."""
+    names = sorted(folder.name for folder in machines_folder().glob("*/"))
+    found = [load_machine_keys(machines_folder() / name, repository) for name in names]
+    return [keys for keys in found if keys is not None]
+
+
+def machines_folder() -> Path:
+    """Return the folder that holds one folder of keys for each machine that is backed up from this host."""
+    return state_folder() / "machines"
+
+
+def open_records(repository: Repository, key: RecipientKey | None) -> list[Catalog]:
+    """Open the records that may be read: all with a recipient's key, else those of this host's machines.
+
+    Raises RefusedError if there is neither a key nor a machine of this host in the repository.
+    """
+    if key is not None:
+        return [open_catalog(repository, key)]
+    local = find_local_keys(repository)
+    if not local:
+        raise RefusedError(
+            "this host has no machine keys for the repository, so its records stay closed",
+            hint="Give the repository's passphrase: --passphrase-file FILE, or type it when asked.",
+        )
+    return [open_catalog(repository, keys) for keys in local]
+
+
+def select_snapshot(snapshots: Sequence[Snapshot], wanted: str, machine: str | None) -> Snapshot:
+    """Return the snapshot that a person means: an id's prefix, or `latest` with a machine where several exist.
+
+    Raises UsageError if none or several fit.
+    """
+    candidates = [each for each in snapshots if machine is None or machine in {each.machine, each.machine_id}]
+    if not candidates:
+        known = ", ".join(sorted({each.machine for each in snapshots}))
+        raise UsageError(
+            f"there is no snapshot of machine '{machine}'" if machine else "the repository has no snapshot yet",
+            hint=f"It has snapshots of: {known}." if known else "Make one with `remetal backup`.",
+        )
+    if wanted != "latest":
+        chosen = match_prefix(wanted, (each.id for each in candidates), what="snapshot")
+        return next(each for each in candidates if each.id == chosen)
+    machines = sorted({each.machine_id: each.machine for each in candidates}.values())
+    if len({each.machine_id for each in candidates}) > 1:
+        raise UsageError(
+            f"'latest' is ambiguous, because the repository holds several machines: {', '.join(machines)}",
+            hint="Add --machine NAME, or give a snapshot's id.",
+        )
+    return candidates[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The snapshots that may be read, oldest first, and what is wrong with their chains."""
+
+    snapshots: tuple[Snapshot, ...]
+    problems: tuple[str, ...]
+
+
+def list_snapshots(location: str, secret: Secret | None, machine: str | None = None) -> Listing:
+    """Return the snapshots of the repository at `location`, of one machine if it is named."""
+    with opened_repository(location) as repository:
+        return _read_records(repository, secret, machine)
+
+
+def find_snapshot(location: str, secret: Secret | None, wanted: str, machine: str | None = None) -> Snapshot:
+    """Return one snapshot by an id's prefix or `latest`. Raises UsageError if none or several fit."""
+    return select_snapshot(list_snapshots(location, secret).snapshots, wanted, machine)
+
+
+def _read_records(repository: Repository, secret: Secret | None, machine: str | None) -> Listing:
+    catalogs = open_records(repository, unlock(repository, secret) if secret is not None else None)
+    snapshots = [
+        each
+        for catalog in catalogs
+        for each in catalog.snapshots()
+        if machine is None or machine in {each.machine, each.machine_id}
+    ]
+    snapshots.sort(key=lambda each: (each.time, each.sequence))
+    return Listing(tuple(snapshots), tuple(problem for catalog in catalogs for problem in catalog.problems))
