@@ -22,8 +22,8 @@ _BUSES = (
     ("/nvme", "nvme"),
     ("/mmc", "mmc"),
     ("/ata", "ata"),
-    ("/virtio", "virtio"),
     ("/host", "scsi"),
+    ("/virtio", "virtio"),
     ("/uml-blkdev", "uml"),
     ("/xen", "xen"),
 )
@@ -42,7 +42,7 @@ class Identity:
 def probe_identity(name: str, sys: Path = SYS) -> Identity:
     """Read the identity of the disk with this kernel name. `sys` is where sysfs is mounted."""
     block = sys / "block" / name
-    place = str(block.resolve())
+    place = str(block.resolve()).removeprefix(str(sys.resolve()))
     device = block / "device"
     wwid = _text(device / "wwid") or _text(block / "wwid")
     world_wide = _WORLD_WIDE.fullmatch(wwid)
