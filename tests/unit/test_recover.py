@@ -62,7 +62,7 @@ def test_looking_into_a_volume_changes_no_byte_of_it(tmp_path: Path, kind: str) 
             volume = next(each for each in probe_volumes() if each.device == device)
             before = image.read_bytes()
             assert read_from(volume, FILE_NAME, 1000) is None
-            assert volume not in [mount.source for mount in probe_mounts()]
+            assert str(device) not in [mount.source for mount in probe_mounts()]
         assert image.read_bytes() == before
         return
     with attached(tmp_path, new_label(), {FILE_NAME: ANSWER}, kind) as volume:
@@ -148,12 +148,11 @@ def test_places_are_found_by_label_by_uuid_and_beside_the_answer(tmp_path: Path)
 
 def test_a_label_that_two_volumes_have_names_neither(tmp_path: Path) -> None:
     label = new_label()
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
     with ExitStack() as stack:
-        volumes = [
-            stack.enter_context(attached(tmp_path / name, label, {}))
-            for name in ("one", "two")
-            if (tmp_path / name).mkdir() is None
-        ]
+        volumes = [stack.enter_context(attached(folder, label, {})) for folder in folders]
         with opened_places(volumes, None) as places, pytest.raises(RefusedError, match="several volumes"):
             places.path(f"usb:{label}/x")
 

@@ -60,7 +60,7 @@ def build(
         medium = build_medium(request, report)
     print_result(
         output,
-        msgspec.to_builtins(medium, builtin_types=(Path,)) | {"path": str(medium.path)},
+        msgspec.to_builtins(medium, enc_hook=str),
         f"Wrote {medium.path} ({format_bytes(medium.size)}, {medium.suite}, kernel {medium.kernel}) "
         f"in {format_duration(medium.seconds)}",
     )

@@ -94,7 +94,6 @@ def finish(recovery: Recovery, log: Path, report: Report) -> int:
     done = recovery.report
     assert done is not None
     report(Note(f"wrote {format_bytes(done.written)} in {format_duration(recovery.seconds)}"))
-    report(Note("what differs from before is in the plan and the report beside the log"))
     leave_log(recovery, log.read_bytes(), report)
     end = recovery.found.answer.end
     uptime = float(Path("/proc/uptime").read_text().split()[0])

@@ -32,7 +32,7 @@ Mode: TypeAlias = Literal["auto", "dialogue", "shell"]
 _Text = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
 _Seconds = Annotated[int, msgspec.Meta(ge=0, le=3600)]
 
-_HINT = "How an answer file looks is in the how-to 'Recover unattended'."
+_HINT = "How an answer file looks is in the how-to 'Recover without a keyboard'."
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
