@@ -4,10 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 FIRMWARE ?= bios
-SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help setup demo test matrix lint bench lock clean
+.PHONY: help setup demo test matrix lint bench docs lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -19,7 +19,7 @@ $(VENV)/.ready: requirements.lock requirements-dev.lock packages.txt pyproject.t
 	@packages=$$(sed 's/#.*//' packages.txt); \
 	if dpkg-query -W -f='$${Status}\n' $$packages 2>/dev/null | grep -c '^install ok installed$$' | grep -qx "$$(wc -w <<<"$$packages")"; \
 	then echo "    all there"; \
-	else $(SUDO) apt-get update -qq && DEBIAN_FRONTEND=noninteractive $(SUDO) -E apt-get install -y -qq --no-install-recommends $$packages; fi
+	else $(SUDO) apt-get update -qq && DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends $$packages; fi
 	@echo "==> Python environment ($(VENV))"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --require-hashes -r requirements.lock -r requirements-dev.lock
@@ -27,7 +27,7 @@ $(VENV)/.ready: requirements.lock requirements-dev.lock packages.txt pyproject.t
 	@touch $@
 
 demo: setup ## a real Debian machine dies and comes back (FIRMWARE=bios or uefi)
-	@$(BIN)/python -m lab.demo --firmware $(FIRMWARE)
+	@$(SUDO) $(BIN)/python -m lab.demo --firmware $(FIRMWARE)
 
 lint: setup ## ruff, mypy strict, import contracts
 	@$(BIN)/ruff format --check .
@@ -36,13 +36,16 @@ lint: setup ## ruff, mypy strict, import contracts
 	@$(BIN)/lint-imports
 
 test: lint ## lint and every test ring, a full BIOS and a full UEFI recovery included
-	@$(BIN)/pytest -m "not matrix"
+	@$(SUDO) $(BIN)/pytest -m "not matrix"
 
 matrix: setup ## the combinations that make test leaves out (the medium on every firmware and bus)
-	@$(BIN)/pytest -m matrix
+	@$(SUDO) $(BIN)/pytest -m matrix
 
 bench: setup ## capture and restore beside their peers, in one run
-	@$(BIN)/python -m bench
+	@$(SUDO) $(BIN)/python -m bench
+
+docs: setup ## the command reference, from the commands themselves
+	@$(BIN)/python -m lab.reference
 
 lock: ## resolve the Python requirements anew (needs uv)
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header pyproject.toml -o requirements.lock

@@ -14,7 +14,6 @@ from tests.commands.site import (
     DISK_SIZE,
     PARTITIONS,
     Site,
-    build_disk,
     hash_file,
     list_tree,
     list_volume,
@@ -32,7 +31,8 @@ def sfdisk(disk: Path) -> list[dict[str, object]]:
 def blkid(place: Span) -> str:
     """Return what blkid finds on a place of a disk."""
     argv = ["blkid", "--probe", "--offset", str(place.start), "--size", str(place.size), "-o", "export", place.path]
-    done = subprocess.run(argv, check=True, capture_output=True, text=True)
+    done = subprocess.run(argv, check=False, capture_output=True, text=True)
+    assert done.returncode in {0, 2}, "2 means that nothing was recognised"
     return "\n".join(line for line in done.stdout.splitlines() if not line.startswith("DEVNAME"))
 
 
@@ -129,24 +129,24 @@ def test_keep_sizes_grows_nothing(site: Site, machine_disk: Path) -> None:
     subprocess.run(["sgdisk", "--verify", new], check=True, capture_output=True)
 
 
-def test_rollback_writes_only_what_changed(site: Site, tmp_path: Path) -> None:
-    disk = tmp_path / "m.img"
-    build_disk(disk)
-    site.remetal("backup", "--disk", disk)
-    tree = list_volume(span(disk, 5), ("noload",))
+def test_rollback_writes_only_what_changed(site: Site, machine_disk: Path) -> None:
+    site.remetal("backup", "--disk", machine_disk)
+    disk = site.folder / "copy.img"
+    site.remetal("restore", "latest", "--map", disk, "--yes")
     with attach_loop(span(disk, 5), writable=True) as device, mounted(device) as folder:
         (folder / "encrypted-by-an-attacker").write_bytes(b"!" * MIB)
         (folder / "folder-1" / "text-1").write_bytes(b"gone")
     done = site.remetal("restore", "latest", "--map", disk, "--yes", "--json").json
-    assert 0 < done["written"] < 30 * MIB
-    assert list_volume(span(disk, 5), ("noload",)) == tree
+    assert 0 < done["written"] < 15 * MIB, "the file, the folders, the journal"
+    assert list_volume(span(disk, 5), ("noload",)) == list_volume(span(machine_disk, 5), ("noload",))
 
 
 def test_plan_is_stable_and_confirms(site: Site, machine_disk: Path) -> None:
     site.remetal("backup", "--disk", machine_disk)
     new = site.folder / "new.img"
     plans = [site.remetal("plan", "latest", "--map", str(new), "--json").json for _ in range(2)]
-    assert plans[0] == plans[1]
+    assert plans[0]["id"] == plans[1]["id"]
+    assert plans[0]["steps"] == plans[1]["steps"]
     assert not new.exists()
     text = site.remetal("plan", "latest", "--map", str(new)).out
     assert plans[0]["id"][:12] in text

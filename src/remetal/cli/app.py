@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError
 
 from remetal import __version__
+from remetal.cli.options import DEFAULTS
 from remetal.cli.output import print_error
 from remetal.errors import EXIT_CODES, RemetalError, UsageError
 
@@ -56,7 +57,7 @@ def build_app(*, overview: bool) -> App:
         help_format="markdown",
         version=f"remetal {__version__}",
         help_flags=["--help", "-h"],
-        default_parameter=Parameter(show_default=False),
+        default_parameter=DEFAULTS,
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )

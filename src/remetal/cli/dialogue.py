@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from remetal import __version__
 from remetal.cli.options import Output
 from remetal.cli.output import print_error, reporting
-from remetal.cli.recovery import end_machine, frame, say
+from remetal.cli.recovery import as_failure, end_machine, frame, logged, say
 from remetal.errors import RefusedError, RemetalError
 from remetal.ids import short
 from remetal.media.answer import Answer
@@ -133,19 +133,17 @@ def _restore(repositories: Sequence[tuple[AttachedVolume, str]], log: Path, outp
     """Lead a person from the repository to a restored machine."""
     answer = _make_answer(repositories)
     recovery = Recovery(Found(answer, "the dialogue"))
-    with reporting(output) as report:
+    with logged(log), reporting(output) as report:
         try:
             recover(recovery, _agree, report)
         except (RemetalError, KeyboardInterrupt) as error:
-            failure = error if isinstance(error, RemetalError) else RemetalError("stopped by Ctrl-C")
-            lines = frame("Recovery failed", failure, recovery)
-            say("", *lines, "")
-            leave_log(recovery, "\n".join(lines).encode(), report)
+            say("", *frame("Recovery failed", as_failure(error), recovery), "")
+            leave_log(recovery, log.read_bytes(), report)
             return
         assert recovery.report is not None
-        text = f"Restored {format_bytes(recovery.report.written)} in {format_duration(recovery.seconds)}."
-        leave_log(recovery, text.encode(), report)
-    say("", text, "Remove the recovery medium, then choose Reboot.", "")
+        say("", f"Restored: {format_bytes(recovery.report.written)} written in {format_duration(recovery.seconds)}.")
+        leave_log(recovery, log.read_bytes(), report)
+    say("Remove the recovery medium, then choose Reboot.", "")
 
 
 def _make_answer(repositories: Sequence[tuple[AttachedVolume, str]]) -> Answer:

@@ -10,7 +10,7 @@ import msgspec
 from cyclopts import App, Parameter
 from rich.markup import escape
 
-from remetal.cli.options import Credentials, Output, Repo, need_secret, new_passphrase
+from remetal.cli.options import DEFAULTS, Credentials, Output, Repo, need_secret, new_passphrase
 from remetal.cli.output import print_result
 from remetal.cli.tables import key_table
 from remetal.errors import UsageError
@@ -29,6 +29,7 @@ from remetal.workflows.access import find_local_keys, opened_repository, unlock
 
 app = App(
     name="key",
+    default_parameter=DEFAULTS,
     help="List, add, change and remove the passphrases and recipients of a repository, and print its recovery kit.",
 )
 

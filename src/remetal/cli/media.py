@@ -8,12 +8,12 @@ from typing import Annotated
 import msgspec
 from cyclopts import App, Parameter
 
-from remetal.cli.options import Output
+from remetal.cli.options import DEFAULTS, Output
 from remetal.cli.output import print_result, reporting
 from remetal.media.build import MediumRequest, build_medium
 from remetal.units import format_bytes, format_duration
 
-app = App(name="media", help="Build the medium that a dead machine recovers from.")
+app = App(name="media", default_parameter=DEFAULTS, help="Build the medium that a dead machine recovers from.")
 
 
 @app.command

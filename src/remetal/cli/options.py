@@ -14,6 +14,9 @@ from cyclopts import Group, Parameter
 from remetal.errors import RefusedError, UsageError
 from remetal.workflows.access import Secret
 
+DEFAULTS = Parameter(show_default=False)
+"""How parameters are shown that say nothing else: defaults stand in their help where they matter."""
+
 GENERAL = Group("General options", sort_key=90)
 
 Repo = Annotated[

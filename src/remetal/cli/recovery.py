@@ -57,7 +57,7 @@ def recovery(
         return 0
     attended = STATE / "attended"
     if not attended.exists():
-        with on_all_consoles(STATE / "recovery.log") as log:
+        with logged(STATE / "recovery.log", everywhere=True) as log:
             code = run_unattended(log, output)
         attended.touch()
         if code is not None:
@@ -81,12 +81,16 @@ def run_unattended(log: Path, output: Output) -> int | None:
             report(Step(f"Recovering unattended, by {found.origin}"))
             recover(recovery, _agreeing(recovery, report), report)
         except (RemetalError, KeyboardInterrupt) as error:
-            failure = error if isinstance(error, RemetalError) else RemetalError("stopped by Ctrl-C")
-            return fail(recovery, failure, log, report)
+            return fail(recovery, as_failure(error), log, report)
         except Exception as error:  # noqa: BLE001 - nobody sits here: whatever it is has to reach the log
             failure = RemetalError(f"an error in remetal itself: {type(error).__name__}: {error}")
             return fail(recovery, failure, log, report)
         return finish(recovery, log, report)
+
+
+def as_failure(error: RemetalError | KeyboardInterrupt) -> RemetalError:
+    """Return the error to show: a Ctrl-C that reaches us came before the first write, later ones are told by it."""
+    return error if isinstance(error, RemetalError) else RefusedError("stopped by Ctrl-C; nothing was touched")
 
 
 def finish(recovery: Recovery, log: Path, report: Report) -> int:
@@ -161,10 +165,10 @@ def _command_line() -> CommandLine:
 
 
 @contextmanager
-def on_all_consoles(log: Path) -> Iterator[Path]:
-    """Let everything printed in this block appear on every console and in `log`, which is yielded."""
+def logged(log: Path, *, everywhere: bool = False) -> Iterator[Path]:
+    """Let everything printed in this block appear in `log` too, which is yielded, and on every console if wanted."""
     with log.open("a", encoding="utf-8", errors="replace") as file:
-        tee = _Tee([sys.stdout, file, *_other_consoles()])
+        tee = _Tee([sys.stdout, file, *(_other_consoles() if everywhere else ())])
         with redirect_stdout(tee), redirect_stderr(tee):
             yield log
 
