@@ -64,9 +64,7 @@ def layout_of(path: Path, volumes: Mapping[int, Layer], name: str = "sda") -> La
     return Layout(disks=(disk,), layers=(read_table(path, name), *(volumes[number] for number in sorted(volumes))))
 
 
-def ext4(
-    number: int, *, uuid: str = ROOT_UUID, label: str = "", name: str = "sda", kind: str = "ext4"
-) -> FileSystem:
+def ext4(number: int, *, uuid: str = ROOT_UUID, label: str = "", name: str = "sda", kind: str = "ext4") -> FileSystem:
     """Return a file-system volume; sizes play no part here."""
     return FileSystem(on=f"{name}:{number}", type=kind, size=MIB, used=0, block_size=4096, uuid=uuid, label=label)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from remetal.errors import UsageError
 
@@ -12,7 +13,7 @@ GIB = 1 << 30
 TIB = 1 << 40
 
 _BINARY = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": TIB, "p": 1 << 50}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(?:i?b)?\s*", re.IGNORECASE | re.ASCII)
+_SIZE = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([kmgtp]?)(?:i?b)?\s*", re.IGNORECASE | re.ASCII)
 
 
 def align_down(value: int, alignment: int) -> int:
@@ -49,7 +50,7 @@ def parse_bytes(text: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
         raise UsageError(f"'{text}' is not a size", hint="Write a number and a unit, such as 512M or 1.5GiB.")
-    return int(float(match[1]) * _BINARY[match[2].lower()])
+    return int(Fraction(match[1]) * _BINARY[match[2].lower()])
 
 
 def format_duration(seconds: float) -> str:

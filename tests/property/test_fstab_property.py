@@ -9,8 +9,7 @@ from remetal.adapt.fstab import parse_fstab, plan_fstab
 from remetal.layout.model import Disk, FileSystem, GptTable, Layout, Partition, Swap
 
 PARTS = tuple(
-    Partition(number=number, start=number << 20, size=1 << 20, type="x", uuid=f"GUID-{number}")
-    for number in (1, 2, 3)
+    Partition(number=number, start=number << 20, size=1 << 20, type="x", uuid=f"GUID-{number}") for number in (1, 2, 3)
 )
 LAYOUT = Layout(
     disks=(Disk(name="sda", size=1 << 30),),

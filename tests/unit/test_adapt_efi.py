@@ -64,9 +64,7 @@ class Esp:
 def make(tmp_path: Path, files: Mapping[str, bytes], *, kind: str = ESP, label: str = "gpt", size: int = 40) -> Esp:
     disk = tmp_path / "disk.img"
     other = LINUX if label == "gpt" else "83"
-    partition(
-        disk, (size + 8) * MIB, f"label: {label}\nstart=2048,size={size}M,type={kind}\nsize=4M,type={other}\n"
-    )
+    partition(disk, (size + 8) * MIB, f"label: {label}\nstart=2048,size={size}M,type={kind}\nsize=4M,type={other}\n")
     layout = layout_of(disk, {1: vfat(1), 2: ext4(2)})
     table = layout.layers[0]
     make_esp(disk, table.partitions[0], files)  # type: ignore[union-attr]

@@ -103,9 +103,7 @@ def check_core(core: Core, layout: Layout, name: str) -> None:
         try:
             layout.place(f"{name}:{core.partition}")
         except KeyError as error:
-            raise CoreImageError(
-                f"it looks for its files on partition {core.partition}, which is not there"
-            ) from error
+            raise CoreImageError(f"it looks for its files on partition {core.partition}, which is not there") from error
 
 
 def plan_move(chain: Sequence[int], source: Layout, result: Layout, name: str) -> list[int]:
@@ -154,16 +152,12 @@ def _adapt_chain(
         return Adaptation((Change(where, f"GRUB for BIOS was laid anew ({reason})"),), (), written)
     note = f"GRUB for BIOS on {disk.name} could not be verified: {reason}; it was left as it was captured"
     report(
-        Warn(
-            note, f"If {disk.name} does not boot, run grub-install in the restored system from the recovery shell."
-        )
+        Warn(note, f"If {disk.name} does not boot, run grub-install in the restored system from the recovery shell.")
     )
     return Adaptation(notes=(note,))
 
 
-def _adapt_blank(
-    system: System, result: Layout, disk: Disk, targets: Mapping[str, Path], report: Report
-) -> Adaptation:
+def _adapt_blank(system: System, result: Layout, disk: Disk, targets: Mapping[str, Path], report: Report) -> Adaptation:
     """Lay GRUB on the disk of a system's /boot, if it has no boot code and the system keeps GRUB's images."""
     path = targets[disk.name]
     with open_disk(path) as device:
@@ -180,9 +174,7 @@ def _adapt_blank(
     return Adaptation((change,), (), written)
 
 
-def _plan_moved(
-    device: DiskIO, at: int, source: Layout, result: Layout, name: str
-) -> list[tuple[int, bytes]] | None:
+def _plan_moved(device: DiskIO, at: int, source: Layout, result: Layout, name: str) -> list[tuple[int, bytes]] | None:
     """Return the sectors to write so that a chain follows its partition, or None if that is not what broke it."""
     boot = device.read(at * SECTOR, SECTOR)
     old_core = images.find_core_sector(boot)
@@ -272,9 +264,7 @@ def _owned_sectors(layout: Layout, name: str) -> list[tuple[str, int, int]]:
         return []
     start, end = boot_area(table, SECTOR)
     spaces = [
-        (each.number, each.start, each.size)
-        for each in table.partitions
-        if layout.layer_on(f"{name}:{each.number}")
+        (each.number, each.start, each.size) for each in table.partitions if layout.layer_on(f"{name}:{each.number}")
     ]
     owned = [("boot", start, end - start), *((str(number), at, size) for number, at, size in spaces)]
     return [(label, at // SECTOR, size // SECTOR) for label, at, size in owned]

@@ -70,9 +70,7 @@ def find_systems(source: Layout, result: Layout, targets: Mapping[str, Path], re
 
 
 @contextmanager
-def open_root(
-    system: System, layout: Layout, targets: Mapping[str, Path], *, writable: bool = False
-) -> Iterator[Path]:
+def open_root(system: System, layout: Layout, targets: Mapping[str, Path], *, writable: bool = False) -> Iterator[Path]:
     """Mount a system's root and its own /boot, /usr, /etc and /var, and yield the folder.
 
     Nothing is written unless `writable`: journals are not replayed then either. File systems that remetal reads

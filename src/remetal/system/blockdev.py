@@ -83,6 +83,8 @@ def probe_geometry(path: Path) -> Geometry:
             _ioctl_number(fd, _BLKSSZGET, "i"),
             _ioctl_number(fd, _BLKPBSZGET, "I"),
         )
+    except OSError as error:
+        raise RefusedError(f"{path} does not answer as a disk: {os.strerror(error.errno or 0)}") from error
     finally:
         os.close(fd)
 
@@ -109,26 +111,41 @@ class DiskIO:
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill the whole buffer from byte `offset`; raises RemetalError at a read error or the disk's end."""
+        if self.direct and len(buffer) % PAGE:
+            buffer[:] = self.read(offset, len(buffer))
+            return
+        self._need(offset, len(buffer), self._fill(buffer, offset))
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return `size` bytes from byte `offset`, whatever their alignment; errors as `read_into`."""
+        first = offset - offset % PAGE
+        buffer = aligned_buffer(-(-(offset + size - first) // PAGE) * PAGE)
+        found = self._fill(buffer, first)
+        self._need(offset, size, found - (offset - first))
+        return bytes(buffer[offset - first : offset - first + size])
+
+    def _fill(self, buffer: memoryview, offset: int) -> int:
+        """Read until the buffer is full or the disk ends, and return the count of bytes."""
         done = 0
         while done < len(buffer):
             try:
                 count = os.preadv(self.fd, [buffer[done:]], offset + done)
             except OSError as error:
+                # Direct I/O at the odd end of a disk file is no longer aligned, and so no more allowed.
+                if error.errno == errno.EINVAL and offset + done >= self.size():
+                    return done
                 raise RemetalError(
                     f"reading {self.path} at byte {offset + done} failed: {os.strerror(error.errno or 0)}",
                     hint="Look at `dmesg` for the disk's own errors.",
                 ) from error
             if count == 0:
-                raise RemetalError(f"{self.path} ends at byte {offset + done}, before the expected data")
+                return done
             done += count
+        return done
 
-    def read(self, offset: int, size: int) -> bytes:
-        """Return `size` bytes from byte `offset`, whatever their alignment."""
-        first = offset - offset % PAGE
-        last = min(-(-(offset + size) // PAGE) * PAGE, max(offset + size, self.size()))
-        buffer = aligned_buffer(-(-(last - first) // PAGE) * PAGE)
-        self.read_into(buffer[: last - first], first)
-        return bytes(buffer[offset - first : offset - first + size])
+    def _need(self, offset: int, size: int, found: int) -> None:
+        if found < size:
+            raise RemetalError(f"{self.path} ends at byte {offset + max(found, 0)}, before the expected data")
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
         """Write all of `data` at byte `offset`.
@@ -153,8 +170,14 @@ class DiskIO:
         return os.lseek(self.fd, 0, os.SEEK_END)
 
     def sync(self) -> None:
-        """Make everything written durable."""
-        os.fsync(self.fd)
+        """Make everything written durable. Raises RemetalError if the disk cannot keep it."""
+        try:
+            os.fsync(self.fd)
+        except OSError as error:
+            raise RemetalError(
+                f"what was written to {self.path} did not reach it: {os.strerror(error.errno or 0)}",
+                hint="Look at `dmesg` for the disk's own errors, then run the same command again.",
+            ) from error
 
 
 @contextmanager
@@ -217,7 +240,9 @@ def reread_partitions(path: Path) -> None:
                     f"the kernel still uses a partition of {path}", hint="Unmount it, or reboot."
                 ) from error
             if error.errno not in {errno.EINVAL, errno.ENOTTY}:
-                raise
+                raise RemetalError(
+                    f"the kernel does not read the partition table of {path}: {os.strerror(error.errno or 0)}"
+                ) from error
 
 
 def _flush_buffers(fd: int) -> None:

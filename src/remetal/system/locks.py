@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from remetal.errors import UnavailableError
@@ -15,10 +15,14 @@ from remetal.errors import UnavailableError
 def held_lock(path: Path, *, what: str) -> Iterator[None]:
     """Hold an exclusive lock on the file at `path` for the length of a block; the kernel frees it if we die.
 
-    `what` names the guarded thing in the error. Raises UnavailableError at once if another process holds it.
+    `what` names the guarded thing in the error. Raises UnavailableError at once if another process holds it, or if
+    the place takes no lock.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise _no_lock(path, error) from error
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -28,8 +32,17 @@ def held_lock(path: Path, *, what: str) -> Iterator[None]:
                 f"another remetal (process {owner}) is at work on {what}",
                 hint="Wait until it has ended, then run the command again.",
             ) from error
-        os.truncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        except OSError as error:
+            raise _no_lock(path, error) from error
+        with suppress(OSError):  # the number is only told to others; a full disk must not stop a restore
+            os.truncate(fd, 0)
+            os.pwrite(fd, str(os.getpid()).encode(), 0)
         yield
     finally:
         os.close(fd)
+
+
+def _no_lock(path: Path, error: OSError) -> UnavailableError:
+    return UnavailableError(
+        f"cannot lock {path}: {os.strerror(error.errno or 0)}", hint="Make that folder writable, or choose another."
+    )

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from remetal.system.blockdev import Span, is_block_device
+from remetal.errors import RefusedError
+from remetal.system.blockdev import Span, is_block_device, probe_geometry
 from remetal.system.run import run
 
 
@@ -16,8 +17,14 @@ def attach_loop(span: Span, *, writable: bool = False) -> Iterator[Path]:
     """Attach a loop device to a span and yield the device's path; detached when the block is left.
 
     Works for spans of regular files and of block devices, and needs no partition scanning. The device is
-    read-only unless `writable`. Needs root.
+    read-only unless `writable`. Needs root. Raises RefusedError if the span is empty or leaves its disk: the kernel
+    would quietly attach something else.
     """
+    disk = probe_geometry(span.path).size
+    if span.start < 0 or span.size <= 0 or span.start + span.size > disk:
+        raise RefusedError(
+            f"{span.size} bytes at byte {span.start} are not a part of {span.path}, which has {disk} bytes"
+        )
     argv = ["losetup", "--find", "--show", "--offset", str(span.start), "--sizelimit", str(span.size)]
     device = Path(run([*argv, *([] if writable else ["--read-only"]), span.path]).text.strip())
     try:
@@ -32,7 +39,7 @@ def attach_loop(span: Span, *, writable: bool = False) -> Iterator[Path]:
 def open_device(span: Span, *, writable: bool = False) -> Iterator[Path]:
     """Yield a path that programs can use as the device of this span: the disk itself if the span is all of it."""
     whole = span.start == 0 and is_block_device(span.path)
-    if whole and span.size == _size(span.path):
+    if whole and span.size == probe_geometry(span.path).size:
         yield span.path
         return
     with attach_loop(span, writable=writable) as device:
@@ -43,14 +50,6 @@ def _sync(device: Path) -> None:
     fd = os.open(device, os.O_RDWR)
     try:
         os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _size(path: Path) -> int:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        return os.lseek(fd, 0, os.SEEK_END)
     finally:
         os.close(fd)
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
-from remetal.system.run import run
+from remetal.errors import RemetalError
+from remetal.system.run import ProgramFailedError, run
 
 _ESCAPE = re.compile(r"\\([0-7]{3})")
+_UMOUNT_TRIES = 15
+_UMOUNT_PAUSE = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +31,16 @@ class Mount:
 
 
 def parse_mountinfo(text: str) -> list[Mount]:
-    """Parse the text of /proc/self/mountinfo; read-only tells of the file system, not of the one mount."""
+    """Parse the text of /proc/self/mountinfo; read-only tells of the file system, not of the one mount.
+
+    The kernel escapes blank, tab, newline and backslash in names, and nothing else: any other byte is part of one.
+    """
     mounts = []
-    for line in text.splitlines():
+    for line in text.split("\n"):
+        if not line:
+            continue
         before, _, after = line.partition(" - ")
-        fields, (kind, source, options) = before.split(), after.split(" ", 2)
+        fields, (kind, source, options) = before.split(" "), after.split(" ", 2)
         major, _, minor = fields[2].partition(":")
         mounts.append(
             Mount(
@@ -47,34 +56,61 @@ def parse_mountinfo(text: str) -> list[Mount]:
 
 def probe_mounts() -> list[Mount]:
     """Return this process's mounts, in the order in which they were made."""
-    return parse_mountinfo(Path("/proc/self/mountinfo").read_text(errors="surrogateescape"))
+    return parse_mountinfo(os.fsdecode(Path("/proc/self/mountinfo").read_bytes()))
 
 
 def find_mount_of(path: Path) -> Mount:
-    """Return the mount that `path` lies on (its nearest existing parent, if it does not exist yet)."""
+    """Return the mount that `path` lies on (its nearest existing parent, if it does not exist yet).
+
+    Raises RemetalError if the kernel shows no such mount, as in a bare chroot.
+    """
     place = path.resolve()
     while not place.exists():
         place = place.parent
     number = place.stat().st_dev
     device = (os.major(number), os.minor(number))
     mounts = [mount for mount in probe_mounts() if place.is_relative_to(mount.target)]
-    same = [mount for mount in mounts if mount.device == device]
-    return max(same or mounts, key=lambda mount: len(mount.target.parts))
+    candidates = [mount for mount in mounts if mount.device == device] or mounts
+    if not candidates:
+        raise RemetalError(f"cannot tell which file system {path} lies on", hint="Is /proc mounted?")
+    deepest = max(len(mount.target.parts) for mount in candidates)
+    return [mount for mount in candidates if len(mount.target.parts) == deepest][-1]
 
 
 @contextmanager
 def mounted(
     device: Path, *, kind: str | None = None, options: Sequence[str] = (), target: Path | None = None
 ) -> Iterator[Path]:
-    """Mount a device on `target` (a fresh folder if none is given) and yield that folder; unmounted on leaving."""
-    with TemporaryDirectory(prefix="remetal-mount-") as fresh:
-        folder = target or Path(fresh)
-        argv = ["mount", *(["-t", kind] if kind else []), *(["-o", ",".join(options)] if options else [])]
+    """Mount a device on `target` (a fresh folder if none is given) and yield that folder; unmounted on leaving.
+
+    Raises RemetalError if it cannot be mounted, or stays busy on leaving; it is then left mounted. The fresh folder
+    is only ever removed empty: whatever goes wrong, no file of what is mounted is touched.
+    """
+    folder = target or Path(mkdtemp(prefix="remetal-mount-"))
+    argv = ["mount", *(["-t", kind] if kind else []), *(["-o", ",".join(options)] if options else [])]
+    try:
         run([*argv, device, folder])
         try:
             yield folder
         finally:
+            _unmount(folder)
+    finally:
+        if target is None:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _unmount(folder: Path) -> None:
+    """Unmount, with some patience: on a desktop, an indexer may hold a fresh mount for a moment."""
+    for attempt in range(_UMOUNT_TRIES):
+        try:
             run(["umount", folder])
+        except ProgramFailedError as error:
+            if "busy" not in error.stderr or attempt == _UMOUNT_TRIES - 1:
+                raise
+            time.sleep(_UMOUNT_PAUSE)
+        else:
+            return
 
 
 def _unescape(text: str) -> str:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from remetal.errors import RefusedError, RemetalError
 
@@ -22,6 +24,9 @@ Argv = Sequence[str | os.PathLike[str]]
 
 _KEPT = ("HOME", "TMPDIR", "TZ", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR")
 _SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+
+_LINE_SHOWN = 300
+_PATIENCE = 5.0
 
 PACKAGES = {
     "blkid": "util-linux",
@@ -57,10 +62,11 @@ class ProgramMissingError(RefusedError):
 class ProgramFailedError(RemetalError):
     """A program ended with an exit code that the caller did not allow."""
 
-    def __init__(self, argv: Sequence[str], returncode: int, stderr: str) -> None:
-        ending = f"was ended by signal {-returncode}" if returncode < 0 else f"failed with exit code {returncode}"
-        said = stderr.strip().splitlines()[-6:]
-        detail = ": " + " / ".join(line.strip() for line in said if line.strip()) if said else ""
+    def __init__(self, argv: Sequence[str], returncode: int, stderr: str, *, ending: str = "") -> None:
+        if not ending:
+            ending = f"was ended by signal {-returncode}" if returncode < 0 else f"failed with exit code {returncode}"
+        said = [line for line in map(_presentable, stderr.strip().splitlines()[-6:]) if line]
+        detail = f": {' / '.join(said)}" if said else ""
         super().__init__(f"{argv[0]} {ending}{detail}", hint=f"The command was: {shlex.join(argv)}")
         self.argv = list(argv)
         self.returncode = returncode
@@ -125,7 +131,10 @@ def run(
         )
     except subprocess.TimeoutExpired as error:
         stderr = (error.stderr or b"").decode("utf-8", "replace")
-        raise ProgramFailedError(command, -9, f"{stderr}\nno end within {timeout} s") from error
+        ending = f"did not end within {error.timeout:g} s and was stopped"
+        raise ProgramFailedError(command, -signal.SIGKILL, stderr, ending=ending) from error
+    except (OSError, ValueError) as error:
+        raise _not_started(command, error) from error
     if done.returncode not in allowed:
         raise ProgramFailedError(command, done.returncode, (done.stderr or done.stdout).decode("utf-8", "replace"))
     return Completed(done.returncode, done.stdout, done.stderr)
@@ -142,26 +151,30 @@ def start(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a program beside us for the length of a `with` block; it is ended when the block is left.
 
-    Both outputs go to `log`, or are dropped. On leaving, SIGTERM, then after 5 s SIGKILL.
+    Both outputs go to `log`, or are dropped. On leaving, SIGTERM, then after 5 s SIGKILL. Raises
+    ProgramMissingError, or ProgramFailedError if it cannot be started at all.
     """
     command = _resolve(argv)
     with open(log or os.devnull, "ab") as output:  # noqa: PTH123 - os.devnull is no Path
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=_environment(env),
-            cwd=cwd,
-            pass_fds=pass_fds,
-        )
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=_environment(env),
+                cwd=cwd,
+                pass_fds=pass_fds,
+            )
+        except (OSError, ValueError) as error:
+            raise _not_started(command, error) from error
     try:
         yield process
     finally:
         if process.poll() is None:
             process.terminate()
             try:
-                process.wait(5)
+                process.wait(_PATIENCE)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -171,40 +184,78 @@ def start(
 def stream(argv: Argv, *, env: Mapping[str, str] | None = None) -> Iterator[Iterator[bytes]]:
     """Run a program and read its standard output line by line while it works.
 
-    Raises ProgramFailedError on leaving the block if the program failed after its output was read to the end;
-    a block that is left early ends the program.
+    If its output was read to the end, leaving the block waits for it and raises ProgramFailedError if it failed; a
+    block that is left before ends the program and all that it has started. Raises ProgramMissingError.
     """
     command = _resolve(argv)
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=_environment(env),
-    )
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=_environment(env),
+            process_group=0,
+        )
+    except (OSError, ValueError) as error:
+        raise _not_started(command, error) from error
     assert process.stdout is not None
     assert process.stderr is not None
     said: list[bytes] = []
     listener = threading.Thread(target=lambda pipe: said.append(pipe.read()), args=(process.stderr,), daemon=True)
     listener.start()
+    lines = _Lines(process.stdout)
     try:
-        yield iter(process.stdout)
-        whole = not process.stdout.read(1)
-    except BaseException:
-        process.kill()
-        raise
-    else:
-        if not whole:
-            process.kill()
-        returncode = process.wait()
-        listener.join()
-        if whole and returncode != 0:
-            raise ProgramFailedError(command, returncode, b"".join(said).decode("utf-8", "replace"))
+        yield lines
+        if lines.ended:
+            process.wait()
     finally:
-        process.wait()
+        if process.returncode is None:
+            _kill_group(process.pid)
+            process.wait()
         listener.join()
         process.stdout.close()
         process.stderr.close()
+    if lines.ended and process.returncode != 0:
+        raise ProgramFailedError(command, process.returncode, b"".join(said).decode("utf-8", "replace"))
+
+
+class _Lines:
+    """The lines of a pipe, and whether its end was seen."""
+
+    def __init__(self, pipe: IO[bytes]) -> None:
+        self._pipe = pipe
+        self.ended = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        line = self._pipe.readline()
+        if not line:
+            self.ended = True
+            raise StopIteration
+        return line
+
+
+def _presentable(line: str) -> str:
+    """Return a line of a program's output as it may stand in a message: no control characters, not endless."""
+    plain = "".join(each if each.isprintable() else " " for each in line[:_LINE_SHOWN]).strip()
+    return plain if len(line) <= _LINE_SHOWN else f"{plain}…"
+
+
+def _kill_group(group: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def _not_started(command: Sequence[str], error: OSError | ValueError) -> RemetalError:
+    """Return the error for a program that could not be started: it is not there, or the kernel refused it."""
+    if isinstance(error, FileNotFoundError) and error.filename == command[0]:
+        return ProgramMissingError(f"there is no program {command[0]}")
+    why = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
+    where = f" ({error.filename})" if isinstance(error, OSError) and error.filename not in {None, command[0]} else ""
+    return ProgramFailedError(command, 126, "", ending=f"could not be started: {why}{where}")
 
 
 def _resolve(argv: Argv) -> list[str]:
