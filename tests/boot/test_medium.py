@@ -16,6 +16,7 @@ from remetal.system.mounts import mounted
 from remetal.units import MIB
 from remetal.vm.machine import Drive, Machine
 from remetal.vm.qemu import Running, start_machine
+from tests.boot.conftest import LostMachine
 
 pytestmark = pytest.mark.boot
 
@@ -68,31 +69,62 @@ def test_the_iso_has_a_boot_path_for_each_firmware(medium: Medium, tmp_path: Pat
 
 
 @pytest.mark.timeout(600)
-def test_from_cd_by_bios_it_asks_and_serves_a_shell(medium: Medium, tmp_path: Path) -> None:
-    blank = tmp_path / "blank.img"
-    with blank.open("wb") as file:
-        file.truncate(64 * MIB)
-    machine = Machine(cdrom=medium.path, boot="cdrom", drives=(Drive(blank, serial="BLANK-1"),))
-    with start_machine(machine, tmp_path / "vm") as running:
+def test_from_cd_by_bios_a_dialogue_leads_to_the_restored_disk(
+    medium: Medium, lost_machine: LostMachine, tmp_path: Path
+) -> None:
+    target = tmp_path / "target.img"
+    with target.open("wb") as file:
+        file.truncate(66 * MIB)
+    drives = (Drive(lost_machine.backup, serial="USB-1"), Drive(target, serial="BLANK-1"))
+    with start_machine(Machine(cdrom=medium.path, boot="cdrom", drives=drives), tmp_path / "vm") as running:
         began = time.monotonic()
         running.wait_for(MENU, PATIENCE)
         print(f"BIOS, CD: {time.monotonic() - began:.0f} s to the recovery prompt")
         assert "serial BLANK-1" in running.said()
         running.send("4\n")
-        running.wait_for(PROMPT, 30)
-        assert run_there(running, "cat /proc/1/comm") == "init"
-        assert "remetal" in run_there(running, "remetal --version")
-        assert run_there(running, "remetal recovery --look").endswith("nobody said anything: a dialogue")
-        assert run_there(
-            running,
-            "cat /sys/module/md_mod/parameters/start_ro || (modprobe md_mod && cat "
-            "/sys/module/md_mod/parameters/start_ro)",
-        ).endswith("1")
-        tools = "partclone.extfs mkfs.xfs mkfs.vfat mkfs.btrfs lvm mdadm cryptsetup grub-install efibootmgr sfdisk"
-        assert len(run_there(running, f"which {tools}").splitlines()) == len(tools.split())
-        assert run_there(running, "ps -e -o stat= | grep -c ^Z || true") == "0"
-        power_off(running)
-    assert blank.read_bytes() == bytes(64 * MIB), "a recovery that nobody asked for writes to no disk"
+        running.wait_for(PROMPT, 60)
+        look_around(running)
+        run_there(running, f"cmp --bytes={66 * MIB} /dev/vdb /dev/zero")
+        running.send("exit\n")
+        restore_by_dialogue(running, lost_machine.passphrase)
+        running.send("6\n")
+        assert running.wait_for_shutdown(60) == "guest-shutdown"
+    assert target.read_bytes()[MIB : 65 * MIB] == lost_machine.disk.read_bytes()[MIB : 65 * MIB]
+    subprocess.run(["sgdisk", "--verify", target], check=True, capture_output=True)
+
+
+def look_around(running: Running) -> None:
+    """Check in the medium's shell that the system is what it should be."""
+    assert run_there(running, "cat /proc/1/comm") == "init"
+    assert "remetal" in run_there(running, "remetal --version")
+    assert run_there(running, "remetal recovery --look").endswith("nobody said anything: a dialogue")
+    assert run_there(running, "modprobe md_mod && cat /sys/module/md_mod/parameters/start_ro") == "1"
+    tools = "partclone.extfs mkfs.xfs mkfs.vfat mkfs.btrfs lvm mdadm cryptsetup grub-install efibootmgr sfdisk"
+    assert len(run_there(running, f"which {tools}").splitlines()) == len(tools.split())
+    assert run_there(running, "ps -e -o stat= | grep -c ^Z || true") == "0"
+
+
+def restore_by_dialogue(running: Running, passphrase: str) -> None:
+    """Answer the dialogue's questions as a person would, one wrong turn included."""
+    running.wait_for(MENU, 60)
+    running.send("1\n")
+    running.wait_for(r"1  /repository on /dev/vda \(BACKUP, ext4\)[\s\S]*> ", 30)
+    running.send("0\n")
+    running.wait_for(MENU, 60)
+    running.send("1\n")
+    running.wait_for(r"0  Back\s+> ", 30)
+    running.send("1\n")
+    running.wait_for(r"Passphrase: ", 30)
+    running.send(f"{passphrase}\n")
+    running.wait_for(r"1  lost .*[\s\S]*0  Back\s+> ", 60)
+    running.send("1\n")
+    number = running.wait_for(r"(\d)  /dev/vdb .*serial BLANK-1", 60)[1]
+    running.wait_for(r"0  Back\s+> ", 30)
+    running.send(f"{number}\n")
+    running.wait_for(r"Type 'yes' or the plan's id", 60)
+    running.send("yes\n")
+    running.wait_for(r"Restored: .* written", 120)
+    running.wait_for(MENU, 60)
 
 
 @pytest.mark.timeout(600)
