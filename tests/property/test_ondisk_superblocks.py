@@ -28,9 +28,7 @@ PARSERS: list[tuple[Callable[[Read, int], Any], int, bytes]] = [
     st.integers(0, 20000),
     st.dictionaries(st.integers(0, 4095), st.binary(min_size=1, max_size=8), max_size=24),
 )
-def test_any_bytes(
-    case: tuple[Callable[[Read, int], Any], int, bytes], size: int, patches: dict[int, bytes]
-) -> None:
+def test_any_bytes(case: tuple[Callable[[Read, int], Any], int, bytes], size: int, patches: dict[int, bytes]) -> None:
     parse, place, magic = case
     disk = bytearray(size)
     for offset, data in [*patches.items(), (place, magic)]:

@@ -15,9 +15,7 @@ from remetal.ondisk.gpt import Gpt, GptEntry, array_sectors, encode_gpt, parse_g
 from remetal.ondisk.mbr import EXTENDED, Mbr, MbrEntry, encode_mbr, parse_mbr
 from remetal.ondisk.regions import BadStructureError, Piece, Read
 
-PROTECTIVE = (
-    bytes(446) + struct.pack("<B3sB3sII", 0, b"\0\2\0", 0xEE, b"\xff\xff\xff", 1, 99) + bytes(48) + b"\x55\xaa"
-)
+PROTECTIVE = bytes(446) + struct.pack("<B3sB3sII", 0, b"\0\2\0", 0xEE, b"\xff\xff\xff", 1, 99) + bytes(48) + b"\x55\xaa"
 GUIDS = st.uuids().map(lambda value: str(value).upper()).filter(lambda text: text != str(uuid.UUID(int=0)))
 NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=36).filter(
     lambda text: len(text.encode("utf-16-le")) <= 72
@@ -92,9 +90,7 @@ def test_gpt_backup_is_used_for_any_damage_of_the_primary(case: tuple[Gpt, int, 
     disk, read = disk_of(encode_gpt(table, size, sector), size)
     end_of_header, entries = sector + 92, 2 * sector
     place = data.draw(
-        st.one_of(
-            st.integers(sector, end_of_header - 1), st.integers(entries, entries + 128 * table.entry_count - 1)
-        )
+        st.one_of(st.integers(sector, end_of_header - 1), st.integers(entries, entries + 128 * table.entry_count - 1))
     )
     disk[place] ^= data.draw(st.integers(1, 255))
     found = parse_gpt(read, size, sector)

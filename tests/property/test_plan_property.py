@@ -250,6 +250,10 @@ def test_everything_that_was_there_is_there_again(
     for space in found.grown:
         name = space.partition(":")[0]
         assert targets[name].size > layout.disk(name).size
+        table = found.result.layer_on(name)
+        if isinstance(table, (GptTable, MbrTable)):
+            ends = [each.start + each.size for each in table.partitions]
+            assert 0 <= table_end(table, found.result.disk(name)) - max(ends) < MIB, "space is left at the end"
     if all(target.size == layout.disk(name).size for name, target in targets.items()):
         assert found.result.layers == layout.layers
 

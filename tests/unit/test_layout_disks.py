@@ -4,9 +4,11 @@ programs find sound."""
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
+import msgspec.structs
 import pytest
 
 from remetal.errors import RefusedError
@@ -239,6 +241,19 @@ def test_what_was_there_before_does_not_shine_through(mbr: Source, tmp_path: Pat
     assert mbr.apply(plan_onto(mbr, target, KEEP), target) == 0
 
 
+def test_an_array_member_of_old_does_not_hide_the_new_file_system(gpt: Source, tmp_path: Path) -> None:
+    """MD keeps version 1.0 superblocks 8 KiB before the end, in blocks that a new file system may never use."""
+    target = blank(tmp_path / "new.img", 128 * MIB)
+    _, start, size = gpt.layout.place("gpt.img:5")
+    sector = (size // 512 - 16) & ~7
+    superblock = struct.pack("<II8x16s32s", 0xA92B4EFC, 1, b"u" * 16, b"old array").ljust(0x90, b"\0")
+    write(target, start + sector * 512, superblock + struct.pack("<Q", sector))
+    assert blkid(target, start, size)["TYPE"] == "linux_raid_member"
+    gpt.apply(plan_onto(gpt, target), target)
+    assert blkid(target, start, size)["TYPE"] == "ext4"
+    assert gpt.apply(plan_onto(gpt, target), target) == 0
+
+
 def test_xfs_grows(tmp_path: Path) -> None:
     disk = blank(tmp_path / "x.img", 340 * MIB)
     program("sfdisk", "-q", disk, data="label: gpt\n,,L\n")
@@ -331,6 +346,26 @@ def test_targets(tmp_path: Path, gpt: Source) -> None:
         probe_target(tmp_path, size_if_missing=MIB)
     with pytest.raises(RefusedError, match="no folder"):
         probe_target(tmp_path / "a" / "b.img", size_if_missing=MIB)
+
+
+def test_a_blank_device_and_one_with_unknown_content(tmp_path: Path) -> None:
+    disk = blank(tmp_path / "a.img", 4 * MIB)
+    with attach_loop(Span(disk, 0, 4 * MIB), writable=True) as device:
+        found = probe_target(device, size_if_missing=0)
+        assert (found.content, found.is_file, found.size, found.path) == ("", False, 4 * MIB, str(device))
+    write(disk, 4 * MIB - 100, b"x")
+    with attach_loop(Span(disk, 0, 4 * MIB)) as device:
+        found = probe_target(device, size_if_missing=0)
+        assert found.content == "unknown content"
+        assert found.uses == ("the kernel holds it read-only",)
+
+
+def test_a_disk_file_that_cannot_take_it_all_is_refused(gpt: Source, tmp_path: Path) -> None:
+    target = probe_target(tmp_path / "new.img", size_if_missing=128 * MIB)
+    assert target.room is not None
+    tight = msgspec.structs.replace(target, room=10 * MIB)
+    with pytest.raises(RefusedError, match=r"there is 10\.0 MiB"):
+        plan_restore(gpt.layout, gpt.images(), {"gpt.img": tight}, snapshot="s", options=GROW)
 
 
 def test_sources_that_do_not_exist_are_refused(tmp_path: Path) -> None:

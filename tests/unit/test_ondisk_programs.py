@@ -118,9 +118,7 @@ def test_gpt_is_written_as_sgdisk_wants_it(tmp_path: Path, size: int) -> None:
 
 def test_gpt_of_sgdisk_with_few_and_moved_usable_sectors(tmp_path: Path) -> None:
     disk = blank(tmp_path / "a.img", 64 * MIB)
-    program(
-        "sgdisk", "--clear", "--set-alignment=1", "--new=1:34:2047", "--new=2:2048:+8M", "--change-name=2:x", disk
-    )
+    program("sgdisk", "--clear", "--set-alignment=1", "--new=1:34:2047", "--new=2:2048:+8M", "--change-name=2:x", disk)
     copy = blank(tmp_path / "b.img", 64 * MIB)
     write(copy, encode_gpt(read_gpt(disk), 64 * MIB, 512))
     assert copy.read_bytes() == disk.read_bytes()
@@ -197,9 +195,7 @@ def test_ext_superblock(tmp_path: Path, kind: str, options: str) -> None:
     program(f"mkfs.{kind}", "-q", options, "-L", "wörter", disk, "32M")
     found = parse_ext(reader(disk), 40 * MIB)
     said = dict(
-        line.split(":", 1)
-        for line in program("dumpe2fs", "-h", disk).splitlines()
-        if ":" in line and line[0] != " "
+        line.split(":", 1) for line in program("dumpe2fs", "-h", disk).splitlines() if ":" in line and line[0] != " "
     )
     block = int(said["Block size"])
     assert found.block_size == block

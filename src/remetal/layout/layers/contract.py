@@ -43,7 +43,8 @@ class GrowingKind(VolumeKind, Protocol):
     def apply_growth(self, span: Span, size: int) -> int:
         """Let the file system on `span` grow to `size` bytes; return the bytes written.
 
-        One that has that size already is left alone. Raises ProgramFailedError if its own programs cannot;
+        One that has that size already is left alone; a rest too small for an allocation group may stay unused.
+        Raises ProgramFailedError if its own programs cannot;
         it then stands as it was restored.
         """
 

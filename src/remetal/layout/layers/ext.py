@@ -30,10 +30,19 @@ def probe_volume(content: Content) -> FileSystem:
 
 
 def plan_growth(volume: FileSystem, space: int) -> int:
-    """Return the size it can grow to; without the feature 64bit, block numbers have 32 bits."""
+    """Return the size it can grow to; without the feature 64bit, block numbers have 32 bits.
+
+    A last group that would hold little more than its own tables is left away, as resize2fs(8) may do.
+    """
     blocks = space // volume.block_size
-    limit = blocks if "64bit" in volume.features else min(blocks, (1 << 32) - 1)
-    return max(volume.size, limit * volume.block_size)
+    if "64bit" not in volume.features:
+        blocks = min(blocks, (1 << 32) - 1)
+    first = 1 if volume.block_size == 1024 else 0
+    group = 8 * volume.block_size
+    rest = (blocks - first) % group
+    if blocks - first > group and rest < group // 8:
+        blocks -= rest
+    return max(volume.size, blocks * volume.block_size)
 
 
 def apply_growth(span: Span, size: int) -> int:
