@@ -150,9 +150,7 @@ class Running:
 
 
 @contextmanager
-def start_machine(
-    machine: Machine, folder: Path, *, accelerator: tuple[str, ...] | None = None
-) -> Iterator[Running]:
+def start_machine(machine: Machine, folder: Path, *, accelerator: tuple[str, ...] | None = None) -> Iterator[Running]:
     """Start a machine and yield it running; it is ended, if it still runs, when the block is left.
 
     `folder` (made if missing) gets `serial.log` (a further boot is appended), `qemu.log` and the UEFI variables,
