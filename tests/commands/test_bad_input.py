@@ -200,7 +200,7 @@ def test_a_restore_that_was_stopped_goes_on(backed_up: Site, machine_disk: Path,
         running.send_signal(how)
         codes.append(running.wait())
     if how == signal.SIGINT:
-        assert set(codes) <= {0, 1, 4}
+        assert set(codes) <= {0, 1, 4, -signal.SIGINT}, "the last one while Python itself was still starting"
     backed_up.remetal("restore", "latest", "--map", new, "--yes", "--verify")
     assert list_volume(span(new, 5), ("noload",)) == list_volume(span(machine_disk, 5), ("noload",))
     assert list_volume(span(new, 3), ("norecovery",)) == list_volume(span(machine_disk, 3), ("norecovery",))
@@ -252,4 +252,4 @@ def test_a_newer_format_is_refused(backed_up: Site) -> None:
     config.write_text(text.replace('"format":1', '"format":9').replace('"format": 1', '"format": 9'))
     told = backed_up.remetal("snapshots", code=3)
     assert "9" in told.err
-    assert "newer" in told.err
+    assert "Update remetal" in told.err

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +68,11 @@ def find_local_keys(repository: Repository) -> list[MachineKeys]:
 def machines_folder() -> Path:
     """Return the folder that holds one folder of keys for each machine that is backed up from this host."""
     return state_folder() / "machines"
+
+
+def local_problems(repository: Repository, machines: Iterable[MachineKeys]) -> list[str]:
+    """Return what this host's machines miss in the repository: they remember the last snapshot that they made."""
+    return [problem for keys in machines for problem in open_catalog(repository, keys).problems]
 
 
 def open_records(repository: Repository, key: RecipientKey | None) -> list[Catalog]:
@@ -138,4 +143,6 @@ def _read_records(repository: Repository, secret: Secret | None, machine: str | 
         if machine is None or machine in {each.machine, each.machine_id}
     ]
     snapshots.sort(key=lambda each: (each.time, each.sequence))
-    return Listing(tuple(snapshots), tuple(problem for catalog in catalogs for problem in catalog.problems))
+    problems = [problem for catalog in catalogs for problem in catalog.problems]
+    problems += local_problems(repository, find_local_keys(repository))
+    return Listing(tuple(snapshots), tuple(dict.fromkeys(problems)))

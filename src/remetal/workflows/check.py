@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from remetal.events import Report, silent
 from remetal.repository import check_repository
-from remetal.workflows.access import Secret, find_local_keys, opened_repository, unlock
+from remetal.workflows.access import Secret, find_local_keys, local_problems, opened_repository, unlock
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +30,13 @@ def check_all(location: str, secret: Secret | None, *, read_data: bool, report: 
     """
     began = time.monotonic()
     with opened_repository(location) as repository:
+        machines = find_local_keys(repository)
+        remembered = local_problems(repository, machines)
         if secret is not None:
             depth = "every chunk decoded" if read_data else "with the repository's key"
             key = unlock(repository, secret)
             results = [check_repository(repository, keys=key, read_data=read_data, report=report)]
         else:
-            machines = find_local_keys(repository)
             depth = f"with the keys of {', '.join(each.name for each in machines)}" if machines else "without any key"
             each_key = machines or (None,)
             results = [check_repository(repository, keys=keys, report=report) for keys in each_key]
@@ -45,6 +46,6 @@ def check_all(location: str, secret: Secret | None, *, read_data: bool, report: 
         bytes=results[0].bytes,
         snapshots=sum(each.snapshots for each in results),
         chunks_read=sum(each.chunks_read for each in results),
-        problems=tuple(dict.fromkeys(problem for each in results for problem in each.problems)),
+        problems=tuple(dict.fromkeys([*(problem for each in results for problem in each.problems), *remembered])),
         seconds=time.monotonic() - began,
     )
