@@ -360,6 +360,16 @@ def test_a_blank_device_and_one_with_unknown_content(tmp_path: Path) -> None:
         assert found.uses == ("the kernel holds it read-only",)
 
 
+def test_a_disk_that_cannot_be_read_is_described_all_the_same(tmp_path: Path) -> None:
+    """A loop device whose file was cut short fails like a dying disk."""
+    disk = blank(tmp_path / "a.img", 4 * MIB)
+    with attach_loop(Span(disk, 0, 4 * MIB)) as device:
+        blank(disk, 1 * MIB)
+        found = probe_target(device, size_if_missing=0)
+    assert found.size == 4 * MIB
+    assert any("failed" in use for use in found.uses), found.uses
+
+
 def test_a_disk_file_that_cannot_take_it_all_is_refused(gpt: Source, tmp_path: Path) -> None:
     target = probe_target(tmp_path / "new.img", size_if_missing=128 * MIB)
     assert target.room is not None

@@ -13,8 +13,6 @@ from remetal.layout.disks import find_disks
 from remetal.layout.identity import Identity, parse_serial_page, probe_identity
 from remetal.layout.inventory import parse_cpuinfo, parse_meminfo, probe_inventory
 from remetal.layout.signatures import Signature, parse_signature
-from remetal.layout.uses import find_disks_behind
-from remetal.system.blockdev import is_block_device
 
 MACHINES = sorted((Path(__file__).parents[1] / "machines").glob("*.json"))
 
@@ -78,7 +76,3 @@ def test_blkid_output() -> None:
     assert parse_signature(text) == Signature("ext4", "AB", "two wörds")
     assert parse_signature(b"ID_PART_TABLE_TYPE=gpt\n") == Signature(table="gpt")
     assert parse_signature(b"ID_FS_AMBIVALENT=other:btrfs:1 other:ext4:1\n").ambiguous
-
-
-def test_root_is_on_a_disk_or_in_memory() -> None:
-    assert all(is_block_device(Path("/dev", name)) for name in find_disks_behind(Path("/")))

@@ -52,7 +52,7 @@ def test_the_only_blank_one_that_is_large_enough() -> None:
     for reason in (
         "/dev/sda (20.0 GiB) holds GPT table with 2 partitions",
         "/dev/sdb (5.00 GiB) is smaller than sda, which has 10.0 GiB",
-        "/dev/sdd (20.0 GiB) is in use",
+        "/dev/sdd (20.0 GiB) cannot be taken (/dev/sdd1 is mounted read-write at /mnt)",
         "/dev/sde (20.0 GiB) is the recovery medium",
         "/dev/sdf (20.0 GiB) has sectors of 4096 bytes",
     ):
@@ -103,8 +103,8 @@ def test_all_reasons_are_told_at_once() -> None:
         sda=target("x", uses=("/dev/x1 is mounted read-only at /mnt",)),
         sdb=target("y", roles=("holds the repository",)),
     )
-    assert "/dev/x is in use: /dev/x1 is mounted read-only at /mnt" in error.message
-    assert "/dev/y holds the repository" in error.message
+    assert "/dev/x must not be overwritten: /dev/x1 is mounted read-only at /mnt" in error.message
+    assert "/dev/y must not be overwritten: it holds the repository" in error.message
 
 
 def test_another_sector_size_is_no_matter_for_a_disk_file() -> None:

@@ -60,7 +60,7 @@ def _listing(left: Sequence[Disk], rest: Sequence[Target]) -> str:
 def _reason_against(disk: Disk, target: Target) -> str:
     """Return why a candidate is not taken unasked, or an empty text."""
     if target.uses:
-        return "is in use"
+        return f"cannot be taken ({target.uses[0]})"
     if target.roles:
         return target.roles[0]
     if target.content:

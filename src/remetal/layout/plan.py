@@ -195,9 +195,9 @@ def _find_obstacles(
 def _find_refusals(disk: Disk, target: Target, layout: Layout) -> Iterator[tuple[str, str]]:
     """Yield every reason not to write this disk onto this target."""
     for use in target.uses:
-        yield f"the target {target.path} is in use: {use}", "Unmount it, switch it off, or choose another target."
+        yield f"{target.path} must not be overwritten: {use}", "Unmount it, switch it off, or choose another target."
     for role in target.roles:
-        yield f"the target {target.path} {role}", "Choose another target."
+        yield f"{target.path} must not be overwritten: it {role}", "Choose another target."
     if not target.is_file and target.logical_sector != disk.logical_sector:
         sectors = f"{target.path} has sectors of {target.logical_sector} bytes, {disk.name} had {disk.logical_sector}"
         yield (

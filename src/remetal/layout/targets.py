@@ -6,9 +6,9 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from remetal.errors import RefusedError
+from remetal.errors import RefusedError, RemetalError
 from remetal.layout.identity import probe_disk
-from remetal.layout.model import FileSystem, GptTable, Layout, MbrTable, Raw, Swap
+from remetal.layout.model import Disk, FileSystem, GptTable, Layout, MbrTable, Raw, Swap
 from remetal.layout.plan import Target
 from remetal.layout.probe import name_disks, probe_layout
 from remetal.layout.signatures import probe_signature
@@ -54,8 +54,18 @@ def probe_target(path: Path, *, size_if_missing: int) -> Target:
 def _probe_device(place: Path) -> Target:
     if Path("/sys/class/block", place.name, "partition").exists():
         raise RefusedError(f"{place} is a partition, and a restore needs a whole disk", hint="Name its disk.")
-    disk = probe_disk(place, name_disks([place], {})[place])
-    uses = tuple(map(str, describe_use(place)))
+    name = name_disks([place], {})[place]
+    uses = [str(use) for use in describe_use(place)]
+    content, is_medium = "", False
+    try:
+        disk = probe_disk(place, name)
+        if is_read_only(place):
+            uses.append("the kernel holds it read-only")
+        if disk.size:
+            content, is_medium = _describe_content(place), _is_medium(place, disk.size)
+    except RemetalError as error:  # a dying disk must not keep its neighbours from being found
+        disk = Disk(name=name, size=int(Path("/sys/class/block", place.name, "size").read_text()) * 512)
+        uses.append(error.message)
     return Target(
         path=str(place),
         name=disk.name,
@@ -66,9 +76,9 @@ def _probe_device(place: Path) -> Target:
         serial=disk.serial,
         wwn=disk.wwn,
         bus=disk.bus,
-        content=_describe_content(place) if disk.size else "",
-        uses=(*uses, "the kernel holds it read-only") if is_read_only(place) else uses,
-        roles=("is the recovery medium",) if _is_medium(place, disk.size) else (),
+        content=content,
+        uses=tuple(uses),
+        roles=("is the recovery medium",) if is_medium else (),
     )
 
 
@@ -108,7 +118,5 @@ def _is_blank(path: Path) -> bool:
 
 
 def _is_medium(place: Path, size: int) -> bool:
-    if not size:
-        return False
     found = probe_signature(Span(place, 0, size))
     return found.type == "iso9660" and found.label.startswith(MEDIUM_LABEL)

@@ -67,11 +67,6 @@ def describe_use(path: Path) -> list[Use]:
     return uses
 
 
-def find_disks_behind(path: Path) -> set[str]:
-    """Return the kernel names of the disks that hold the file system on which `path` lies; empty if in RAM."""
-    return disks_of_number(_number(path.resolve().stat().st_dev))
-
-
 def disks_of_number(number: Number) -> set[str]:
     """Return the kernel names of the disks under a block device: through partitions, mappings, arrays, loops."""
     place = SYS / "dev" / "block" / f"{number[0]}:{number[1]}"

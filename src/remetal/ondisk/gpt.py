@@ -94,9 +94,7 @@ def parse_gpt(read: Read, size: int, sector: int) -> Gpt | None:
     else:
         problems += _compare_backup(read, sector, backup_at, sectors, header, found)
     if header.entry_size != ENTRY_SIZE:
-        problems.append(
-            f"the table has entries of {header.entry_size} bytes; they will be written with {ENTRY_SIZE}"
-        )
+        problems.append(f"the table has entries of {header.entry_size} bytes; they will be written with {ENTRY_SIZE}")
     entries, renamed = _parse_partitions(found, header)
     if header.place == 1 and header.entries_at != 2:
         problems.append("the table's entries do not follow its header; they will after a restore")
@@ -216,9 +214,7 @@ def _parse_backup(read: Read, sector: int, place: int, sectors: int) -> tuple[_H
         ) from error
 
 
-def _compare_backup(
-    read: Read, sector: int, place: int, sectors: int, primary: _Header, entries: bytes
-) -> list[str]:
+def _compare_backup(read: Read, sector: int, place: int, sectors: int, primary: _Header, entries: bytes) -> list[str]:
     if not primary.last_usable < place < sectors:
         return ["the backup of the partition table is not where it should be; a restore makes it anew"]
     try:

@@ -90,9 +90,7 @@ def encode_mbr(mbr: Mbr, size: int, sector: int) -> tuple[Piece, ...]:
     slots = [bytes(16)] * 4
     for entry in mbr.entries:
         if entry.number <= 4:
-            slots[entry.number - 1] = _encode_slot(
-                entry.status, entry.type, entry.start, entry.sectors, entry.start
-            )
+            slots[entry.number - 1] = _encode_slot(entry.status, entry.type, entry.start, entry.sectors, entry.start)
     head = mbr.boot_code + struct.pack("<IH", mbr.signature, 0) + b"".join(slots) + _MAGIC
     pieces = [Piece(0, head)]
     logical = sorted((entry for entry in mbr.entries if entry.number > 4), key=lambda entry: entry.number)
