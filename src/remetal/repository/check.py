@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from blake3 import blake3
 
-from remetal.errors import DamagedError
+from remetal.errors import DamagedError, RefusedError
 from remetal.events import Note, Progress, Report, Step, silent
 from remetal.repository.catalog import Catalog, MachineAccess, load_table, open_catalog, read_contents, read_envelope
 from remetal.repository.config import decode_config
@@ -167,7 +167,7 @@ def _scrub(store: Store, result: CheckResult, report: Report) -> None:
         elif entry.name == CONFIG:
             try:
                 decode_config(get_object(store, CONFIG, MAX_KEY_OBJECT))
-            except DamagedError as error:
+            except (DamagedError, RefusedError) as error:
                 result.add(error.message)
         elif _hash_object(store, entry) != hash_in_name(entry.name):
             result.add(f"the object {entry.name} is not what was written: its hash differs")

@@ -48,13 +48,13 @@ def encode_config(config: Config) -> bytes:
 def decode_config(data: bytes) -> Config:
     """Parse the object `config`.
 
-    The two lines and the meaning of `format` stay the same in all formats to come, so that a damaged config
-    (DamagedError) can be told from a newer one (RefusedError).
+    The first line of every format to come is JSON with the field `format`, so that a newer one is told as that
+    (RefusedError), whatever else has changed in it. Raises DamagedError for all that format 1 does not allow.
     """
     lines = data.split(b"\n")
+    _check_format(lines[0])
     if len(lines) != 3 or lines[2] or lines[1] != digest(lines[0]).hex().encode():
         raise damaged(CONFIG, "its checksum is wrong")
-    _check_format(lines[0])
     config = decode_json(CONFIG, lines[0], Config)
     try:
         check_chunk_size(config.chunk_size)

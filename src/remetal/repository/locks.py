@@ -147,11 +147,9 @@ def is_stale(owner: LockRecord, *, now: float) -> bool:
     if abs(now - owner.time) > LEASE:
         return True
     here = _this_process(owner.machine)
-    if not here.host_id or owner.host_id != here.host_id:
-        return False
-    if owner.boot_id != here.boot_id:
-        return True
-    return owner.namespace == here.namespace and _process_start(owner.pid) != owner.started
+    if owner.boot_id == here.boot_id:
+        return owner.namespace == here.namespace and _process_start(owner.pid) != owner.started
+    return here.host_id != "" and owner.host_id == here.host_id  # this host was started again since
 
 
 def _generations(store: Store, machine_id: str) -> list[int]:

@@ -1,0 +1,169 @@
+"""The contract of stores. A new store is one more fixture here."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from remetal.errors import UsageError
+from remetal.storage import AlreadyExistsError, LocalStore, NotFoundError, Store, open_store
+from tests.repositories import MemoryStore
+
+MAKERS: dict[str, Callable[[Path], Store]] = {
+    "local": lambda folder: LocalStore(folder / "deep" / "store"),
+    "location": lambda folder: open_store(f"file://{folder}/with%20space"),
+    "memory": lambda folder: MemoryStore(),
+}
+
+
+@pytest.fixture(params=MAKERS)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return MAKERS[request.param](tmp_path)
+
+
+def test_it_is_a_store(store: Store) -> None:
+    assert isinstance(store, Store)
+    assert store.location
+    store.close()
+
+
+def test_what_is_put_is_got(store: Store) -> None:
+    store.put("packs/3f/3fa9", [b"one ", memoryview(b"two "), b"", b"three"])
+    assert store.get("packs/3f/3fa9") == b"one two three"
+
+
+def test_more_pieces_than_one_system_call_takes(store: Store) -> None:
+    pieces = [bytes([number % 256]) * (number % 7) for number in range(5000)]
+    store.put("many", pieces)
+    assert store.get("many") == b"".join(pieces)
+
+
+def test_an_empty_object(store: Store) -> None:
+    store.put("empty", [])
+    assert store.get("empty") == b""
+    assert [entry.size for entry in store.entries("empty")] == [0]
+
+
+@pytest.mark.parametrize(
+    ("start", "size", "expected"),
+    [
+        (0, None, b"0123456789"),
+        (3, None, b"3456789"),
+        (3, 4, b"3456"),
+        (3, 0, b""),
+        (8, 9, b"89"),
+        (10, 1, b""),
+        (99, None, b""),
+    ],
+)
+def test_ranges(store: Store, start: int, size: int | None, expected: bytes) -> None:
+    store.put("digits", [b"0123456789"])
+    assert store.get("digits", start=start, size=size) == expected
+
+
+def test_a_taken_name_keeps_its_object(store: Store) -> None:
+    store.put("index/a", [b"first"])
+    with pytest.raises(AlreadyExistsError):
+        store.put("index/a", [b"second"])
+    assert store.get("index/a") == b"first"
+
+
+def test_of_many_that_race_for_a_name_one_wins(store: Store) -> None:
+    wins: list[bytes] = []
+    start = threading.Barrier(8)
+
+    def race(content: bytes) -> None:
+        start.wait()
+        try:
+            store.put("locks/0001", [content])
+        except AlreadyExistsError:
+            return
+        wins.append(content)
+
+    threads = [threading.Thread(target=race, args=(b"%d" % number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wins == [store.get("locks/0001")]
+
+
+def put_all(store: Store, names: list[str]) -> None:
+    for name in names:
+        store.put(name, [name.encode()])
+
+
+def test_many_writers_at_once(store: Store) -> None:
+    names = [f"packs/{number % 4:02x}/{number:04x}" for number in range(80)]
+    threads = [threading.Thread(target=put_all, args=(store, names[start::4])) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {entry.name: store.get(entry.name) for entry in store.entries("")} == {name: name.encode() for name in names}
+
+
+def test_what_is_missing(store: Store) -> None:
+    with pytest.raises(NotFoundError):
+        store.get("config")
+    assert list(store.entries("packs/")) == []
+    store.delete("config")
+
+
+def test_a_folder_is_no_object(store: Store) -> None:
+    store.put("packs/ab/cd", [b"x"])
+    with pytest.raises(NotFoundError):
+        store.get("packs/ab")
+
+
+def test_deleted_objects_are_gone_and_may_come_again(store: Store) -> None:
+    store.put("locks/a/1", [b"1"])
+    store.delete("locks/a/1")
+    store.delete("locks/a/1")
+    with pytest.raises(NotFoundError):
+        store.get("locks/a/1")
+    store.put("locks/a/1", [b"2"])
+    assert store.get("locks/a/1") == b"2"
+
+
+def test_entries_come_in_the_order_of_names(store: Store) -> None:
+    names = ["a-b", "a.b", "a/b", "a/b.c", "a/c/d", "a0", "b/c/d", "keys/machines/x", "keys/slots/y"]
+    for name in reversed(names):
+        store.put(name, [b"x" * len(name)])
+    found = list(store.entries(""))
+    assert [entry.name for entry in found] == sorted(names)
+    assert all(entry.size == len(entry.name) for entry in found)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "expected"),
+    [
+        ("keys/", ["keys/machines/x", "keys/slots/y", "keys/slots/z"]),
+        ("keys/s", ["keys/slots/y", "keys/slots/z"]),
+        ("keys/slots/z", ["keys/slots/z"]),
+        ("keys", ["keys/machines/x", "keys/slots/y", "keys/slots/z", "keys2"]),
+        ("nothing/", []),
+        ("../", []),
+    ],
+)
+def test_entries_of_a_prefix(store: Store, prefix: str, expected: list[str]) -> None:
+    for name in ("keys2", "keys/machines/x", "keys/slots/z", "keys/slots/y", "locks/a"):
+        store.put(name, [b""])
+    assert [entry.name for entry in store.entries(prefix)] == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "/etc/passwd", "../x", "a/../b", "a//b", "a/", ".tmp/x", "a/.b", "A", "ä", "a b", "a\0b", "a\n", "x" * 300],
+)
+def test_names_that_break_the_contract(store: Store, name: str) -> None:
+    with pytest.raises(UsageError):
+        store.put(name, [b"x"])
+    with pytest.raises(UsageError):
+        store.get(name)
+    with pytest.raises(UsageError):
+        store.delete(name)
+    assert list(store.entries("")) == []

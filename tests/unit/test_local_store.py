@@ -1,0 +1,160 @@
+"""A folder as a store: what is left by crashes, what real file systems answer."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from remetal.errors import UnavailableError, UsageError
+from remetal.storage import LocalStore, NotFoundError, open_store
+from remetal.storage.local import rename_new
+from remetal.system.blockdev import Span
+from remetal.system.loop import attach_loop
+from remetal.system.mounts import mounted
+from remetal.system.run import run
+from remetal.units import MIB
+
+_HANGING_WRITER = """
+import os, sys, time
+from pathlib import Path
+from remetal.storage import LocalStore
+
+store = LocalStore(Path(sys.argv[1]))
+with store._temporary() as (path, fd):
+    os.write(fd, b"half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def start_writer(folder: Path) -> subprocess.Popen[bytes]:
+    (folder / ".tmp").mkdir(parents=True, exist_ok=True)
+    process = subprocess.Popen([sys.executable, "-c", _HANGING_WRITER, str(folder)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"writing\n"
+    return process
+
+
+def test_what_a_killed_writer_leaves_is_not_listed_and_swept_by_the_next(tmp_path: Path) -> None:
+    with start_writer(tmp_path) as writer:
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+    assert len(list((tmp_path / ".tmp").iterdir())) == 1
+    assert list(LocalStore(tmp_path).entries("")) == []
+    LocalStore(tmp_path).put("config", [b"x"])
+    assert list((tmp_path / ".tmp").iterdir()) == []
+    assert [entry.name for entry in LocalStore(tmp_path).entries("")] == ["config"]
+
+
+def test_a_living_writer_keeps_its_temporary_file(tmp_path: Path) -> None:
+    with start_writer(tmp_path) as writer:
+        LocalStore(tmp_path).put("config", [b"x"])
+        assert len(list((tmp_path / ".tmp").iterdir())) == 1
+        writer.kill()
+
+
+def test_objects_are_private_and_leave_nothing_else(tmp_path: Path) -> None:
+    LocalStore(tmp_path / "store").put("packs/ab/cd", [b"x"])
+    assert (tmp_path / "store/packs/ab/cd").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "store/packs/ab/cd").stat().st_nlink == 1
+    assert (tmp_path / "store").stat().st_mode & 0o777 == 0o700
+    assert list((tmp_path / "store/.tmp").iterdir()) == []
+
+
+def test_foreign_files_and_links_are_passed_over(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.put("packs/aa", [b"x"])
+    (tmp_path / "packs/README.txt").write_text("hello")
+    (tmp_path / "packs/link").symlink_to("/etc/passwd")
+    (tmp_path / "keys").symlink_to("/etc")
+    (tmp_path / "lost+found").mkdir()
+    os.mkfifo(tmp_path / "packs/pipe")
+    assert [entry.name for entry in store.entries("")] == ["packs/aa"]
+    with pytest.raises(NotFoundError):
+        store.get("packs/pipe")
+    with pytest.raises(UnavailableError):
+        store.get("packs/link")
+
+
+def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UnavailableError) as caught:
+        LocalStore(tmp_path / "file").put("config", [b""])
+    assert "not a folder" in caught.value.hint
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Path:
+    disk = tmp_path / "disk.img"
+    with disk.open("wb") as file:
+        file.truncate(8 * MIB)
+    run(["mkfs.ext4", "-q", disk])
+    return disk
+
+
+def fill(store: LocalStore, stored: list[str]) -> None:
+    for number in range(100):
+        store.put(f"packs/{number:02x}", [os.urandom(MIB // 2)])
+        stored.append(f"packs/{number:02x}")
+
+
+def test_a_full_disk_leaves_whole_objects_and_says_what_is_free(small_disk: Path, tmp_path: Path) -> None:
+    with attach_loop(Span(small_disk, 0, 8 * MIB), writable=True) as device, mounted(device) as folder:
+        store = LocalStore(folder)
+        stored: list[str] = []
+        with pytest.raises(UnavailableError) as caught:
+            fill(store, stored)
+        assert stored
+        assert "free there" in caught.value.hint
+        assert [(entry.name, entry.size) for entry in store.entries("")] == [(name, MIB // 2) for name in stored]
+        assert list((folder / ".tmp").iterdir()) == []
+        store.delete(stored.pop())
+        store.put("packs/ff", [b"there is room again"])
+
+
+def test_a_read_only_disk_says_so(small_disk: Path) -> None:
+    with attach_loop(Span(small_disk, 0, 8 * MIB)) as device, mounted(device, options=["ro"]) as folder:
+        with pytest.raises(UnavailableError) as caught:
+            LocalStore(folder).put("config", [b""])
+        assert "read-only" in caught.value.hint
+
+
+def test_renaming_never_replaces(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    (tmp_path / "b").write_text("b")
+    with pytest.raises(FileExistsError):
+        rename_new(tmp_path / "a", tmp_path / "b")
+    rename_new(tmp_path / "a", tmp_path / "c")
+    assert (tmp_path / "c").read_text() == "a"
+    with pytest.raises(FileNotFoundError):
+        rename_new(tmp_path / "missing", tmp_path / "d")
+
+
+def test_the_last_resort_for_file_systems_without_links_never_replaces(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.put("config", [b"first"])
+    with store._temporary() as (path, fd):
+        os.write(fd, b"second")
+        assert not store._rename_locked(path, tmp_path / "config")
+        assert store._rename_locked(path, tmp_path / "config2")
+    assert store.get("config") == b"first"
+    assert store.get("config2") == b"second"
+
+
+@pytest.mark.parametrize(
+    "location", ["", "s3://bucket", "ftp://x/y", "file://elsewhere/path", "file://relative", "http://x"]
+)
+def test_locations_that_no_store_is_for(location: str) -> None:
+    with pytest.raises(UsageError):
+        open_store(location)
+
+
+def test_locations_of_folders(tmp_path: Path) -> None:
+    open_store(str(tmp_path / "a")).put("config", [b"1"])
+    assert open_store(f"file://{tmp_path}/a").get("config") == b"1"
+    assert open_store(f"file://localhost{tmp_path}/a").get("config") == b"1"

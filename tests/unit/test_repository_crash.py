@@ -1,0 +1,309 @@
+"""A store that dies at any change, two backups at once, and locks that somebody left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+
+from remetal.errors import RefusedError, RemetalError, UnavailableError
+from remetal.repository import (
+    Batch,
+    MachineKeys,
+    add_recipient,
+    check_repository,
+    enroll_machine,
+    init_repository,
+    open_catalog,
+    open_repository,
+    open_session,
+)
+from remetal.repository import session as session_module
+from remetal.repository.locks import LEASE, LockRecord, _process_start, _this_process, hold_machine, is_stale
+from remetal.repository.objects import encode_json
+from remetal.repository.packs import Codec
+from tests.repositories import CHUNK, MemoryStore, Site, StoreDiedError, backup, die_at, make_site, restore, write
+
+_FIRST = os.urandom(4 * CHUNK)
+_SECOND = os.urandom(5 * CHUNK) + _FIRST[CHUNK:]
+_SITE = make_site()
+_SNAPSHOT = backup(_SITE, _FIRST)
+
+
+@pytest.fixture
+def site() -> Site:
+    return _SITE.copy()
+
+
+@pytest.fixture
+def many_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make packs and index objects small, so that a small backup has many of them."""
+    monkeypatch.setattr("remetal.repository.packs.PACK_SIZE", 2 * CHUNK)
+    monkeypatch.setattr(session_module, "PACKS_PER_INDEX", 2)
+
+
+def changes_of_a_backup(site: Site) -> int:
+    count = 0
+
+    def step(operation: tuple[str, str]) -> None:
+        nonlocal count
+        count += 1
+
+    site.store.before = step
+    backup(site, _SECOND)
+    return count
+
+
+@pytest.mark.usefixtures("many_packs")
+@pytest.mark.parametrize("after", [False, True])
+def test_a_store_that_dies_at_any_change_loses_nothing(after: bool) -> None:
+    total = changes_of_a_backup(_SITE.copy())
+    assert total > 8
+    for number in range(1, total + 1):
+        site = _SITE.copy()
+        die_at(number, after=after)(site.store)
+        acknowledged = attempt(site)
+        store = site.store.copy()
+        survived = Site(store, open_repository(store), MachineKeys(site.keys.stored), site.key)
+        snapshots = {each.id: each for each in open_catalog(survived.repository, survived.key).snapshots()}
+        assert _SNAPSHOT.id in snapshots
+        assert acknowledged is None or acknowledged in snapshots
+        assert check_repository(survived.repository, keys=survived.key, read_data=True).problems == []
+        for snapshot in snapshots.values():
+            assert restore(survived, snapshot) == (_FIRST if snapshot.id == _SNAPSHOT.id else _SECOND)
+        forget_lock(survived)
+        following = backup(survived, _SECOND)
+        assert restore(survived, following) == _SECOND
+        assert check_repository(survived.repository, keys=survived.keys).problems == []
+
+
+def attempt(site: Site) -> str | None:
+    try:
+        return backup(site, _SECOND).id
+    except StoreDiedError:
+        return None
+
+
+def forget_lock(site: Site) -> None:
+    """Our own process is alive, so its lock would stand; a dead one's is the test below."""
+    for entry in list(site.store.entries("locks/")):
+        site.store.delete(entry.name)
+
+
+@pytest.mark.usefixtures("many_packs")
+def test_the_backup_after_a_broken_one_reuses_its_packs(site: Site) -> None:
+    die_at(9, after=True)(site.store)
+    with pytest.raises(StoreDiedError):
+        backup(site, os.urandom(3 * CHUNK) + _SECOND)
+    store = site.store.copy()
+    survived = Site(store, open_repository(store), MachineKeys(site.keys.stored), site.key)
+    forget_lock(survived)
+    assert len(list(survived.store.entries("index/"))) > len(list(_SITE.store.entries("index/")))
+    with open_session(survived.repository, survived.keys) as session:
+        write(session, _SECOND)
+        session.commit(layout=b"{}", hostname="h")
+    assert session.statistics.chunks_known > 3
+
+
+def test_leaving_without_commit_lists_nothing_and_keeps_the_chunks(site: Site) -> None:
+    with open_session(site.repository, site.keys) as session:
+        write(session, _SECOND)
+    assert [each.id for each in open_catalog(site.repository, site.key).snapshots()] == [_SNAPSHOT.id]
+    assert list(site.store.entries("locks/")) == []
+    assert check_repository(site.repository, keys=site.key).ok
+
+
+def test_an_interrupt_releases_every_batch(site: Site) -> None:
+    taken: list[int] = []
+    released: list[int] = []
+
+    def batches() -> Iterator[Batch]:
+        for number in range(20):
+            if number == 15:
+                raise KeyboardInterrupt
+            taken.append(number)
+            yield Batch(number, memoryview(os.urandom(CHUNK)), lambda number=number: released.append(number))  # type: ignore[misc]
+
+    def interrupted() -> None:
+        with open_session(site.repository, site.keys) as session:
+            session.write_image("sda:1", 20 * CHUNK, batches())
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert sorted(released) == taken
+    backup(site, _SECOND)
+
+
+def test_a_failing_store_releases_every_batch(site: Site, many_packs: None) -> None:
+    taken: list[int] = []
+    released: list[int] = []
+
+    def batches() -> Iterator[Batch]:
+        for number in range(200):
+            taken.append(number)
+            yield Batch(number, memoryview(os.urandom(CHUNK)), lambda number=number: released.append(number))  # type: ignore[misc]
+
+    die_at(4, after=False)(site.store)
+
+    def failing() -> None:
+        with open_session(site.repository, site.keys) as session:
+            session.write_image("sda:1", 200 * CHUNK, batches())
+
+    with pytest.raises(StoreDiedError):
+        failing()
+    assert sorted(released) == taken
+    assert len(taken) < 200
+
+
+@pytest.mark.parametrize(("first", "size"), [(0, 100), (1, CHUNK), (2, 2 * CHUNK), (-1, CHUNK), (3, CHUNK)], ids=str)
+def test_batches_that_cannot_be(site: Site, first: int, size: int) -> None:
+    released: list[int] = []
+    good = Batch(1, memoryview(bytes(CHUNK)), lambda: released.append(1))
+    bad = Batch(first, memoryview(bytes(size)), lambda: released.append(2))
+    with open_session(site.repository, site.keys) as session, pytest.raises(ValueError, match="cannot stand"):
+        session.write_image("sda:1", 3 * CHUNK, [good, bad])
+    assert sorted(released) == [1, 2]
+
+
+def test_a_computer_that_miscalculates_is_told_and_stores_nothing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compressor is made to give other bytes than it should, as bad memory would."""
+    encode = Codec.encode
+
+    def faulty(self: Codec, data: memoryview) -> tuple[bytes | memoryview, int]:
+        encoded, flag = encode(self, data)
+        return bytes([encoded[0] ^ 1]) + encoded[1:], flag
+
+    monkeypatch.setattr(Codec, "encode", faulty)
+    packs = len(list(site.store.entries("packs/")))
+    with pytest.raises(RemetalError, match="read back") as caught:
+        backup(site, os.urandom(2 * CHUNK))
+    assert "memtest" in caught.value.hint
+    assert len(list(site.store.entries("packs/"))) == packs
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_init_and_keys_survive_a_store_that_dies(after: bool) -> None:
+    for number in range(1, 4):
+        store = MemoryStore()
+        die_at(number, after=after)(store)
+        with pytest.raises(StoreDiedError):
+            init_repository(store, passphrase="x")
+        again = store.copy()
+        if number == 3 and after:
+            assert check_repository(open_repository(again), keys=None).ok
+        else:
+            with pytest.raises(RefusedError, match="no repository"):
+                open_repository(again)
+            init_repository(again, passphrase="x")
+    site = _SITE.copy()
+    die_at(2, after=after)(site.store)
+    with pytest.raises(StoreDiedError):
+        add_recipient(site.repository, site.key, "escrow")
+    calm = site.store.copy()
+    assert restore(Site(calm, open_repository(calm), site.keys, site.key), _SNAPSHOT) == _FIRST
+
+
+def test_enrolling_survives_a_store_that_dies() -> None:
+    for number in (1, 2):
+        site = _SITE.copy()
+        die_at(number, after=False)(site.store)
+        with pytest.raises(StoreDiedError):
+            enroll_machine(site.repository, "db")
+        calm = open_repository(site.store.copy())
+        assert check_repository(calm, keys=site.key).ok
+        enroll_machine(calm, "db")
+
+
+def test_two_backups_of_a_machine_at_once(site: Site) -> None:
+    with open_session(site.repository, site.keys) as session:
+        with (
+            pytest.raises(UnavailableError, match="another backup") as caught,
+            open_session(site.repository, site.keys),
+        ):
+            pass
+        assert str(os.getpid()) in caught.value.message
+        write(session, _SECOND)
+        session.commit(layout=b"{}", hostname="h")
+    backup(site, _FIRST)
+
+
+def test_different_machines_may_write_at_once(site: Site) -> None:
+    other = Site(site.store, site.repository, enroll_machine(site.repository, "db"), site.key)
+    with open_session(site.repository, site.keys) as session:
+        write(session, _SECOND)
+        assert restore(other, backup(other, _FIRST)) == _FIRST
+        snapshot = session.commit(layout=b"{}", hostname="h")
+    assert restore(site, snapshot) == _SECOND
+
+
+def put_lock(site: Site, **changes: object) -> LockRecord:
+    record = msgspec.structs.replace(_this_process(site.keys.machine_id), **changes)
+    site.store.put(f"locks/{site.keys.machine_id}/{5:016x}", [encode_json(record)])
+    return record
+
+
+def test_the_lock_of_a_dead_process_is_taken_over_at_once(site: Site) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    put_lock(site, pid=process.pid, started=_process_start(process.pid))
+    with pytest.raises(UnavailableError), open_session(site.repository, site.keys):
+        pass
+    process.kill()
+    process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
+    backup(site, _SECOND)
+    assert list(site.store.entries("locks/")) == []
+
+
+def test_when_a_lock_counts_as_left_behind(site: Site) -> None:
+    own = _this_process(site.keys.machine_id)
+    now = time.time()
+    assert not is_stale(own, now=now)
+    assert is_stale(own, now=now + LEASE + 60)
+    assert is_stale(msgspec.structs.replace(own, started=own.started + 1), now=now)  # the pid was used again
+    assert not is_stale(msgspec.structs.replace(own, host_id="other", boot_id="other", pid=1 << 30), now=now)
+    assert not is_stale(msgspec.structs.replace(own, namespace="other", pid=1 << 30), now=now)
+    if own.host_id:
+        assert is_stale(msgspec.structs.replace(own, boot_id="before"), now=now)
+        assert is_stale(msgspec.structs.replace(own, pid=1 << 30), now=now)
+
+
+def test_a_foreign_lock_stands_for_its_lease(site: Site) -> None:
+    put_lock(site, host="elsewhere", host_id="other", time=time.time() - LEASE + 60)
+    with pytest.raises(UnavailableError, match="elsewhere"):
+        backup(site, _SECOND)
+    site.store.delete(f"locks/{site.keys.machine_id}/{5:016x}")
+    put_lock(site, host="elsewhere", host_id="other", time=time.time() - LEASE - 60)
+    backup(site, _SECOND)
+
+
+def test_a_lock_that_means_nothing_holds_nobody_up(site: Site) -> None:
+    site.store.put(f"locks/{site.keys.machine_id}/{9:016x}", [b"\xff garbage"])
+    backup(site, _SECOND)
+    assert list(site.store.entries("locks/")) == []
+
+
+def test_a_lock_is_renewed_while_the_work_lasts(site: Site) -> None:
+    with hold_machine(site.store, site.keys.machine_id, renewal=0.01) as lock:
+        deadline = time.monotonic() + 10
+        while not site.store.objects.get(f"locks/{site.keys.machine_id}/{3:016x}") and time.monotonic() < deadline:
+            time.sleep(0.005)
+        lock.check()
+        assert len(list(site.store.entries("locks/"))) <= 2
+        with pytest.raises(UnavailableError), hold_machine(site.store, site.keys.machine_id):
+            pass
+    assert list(site.store.entries("locks/")) == []
+
+
+def test_a_backup_whose_lock_was_taken_over_does_not_commit(site: Site) -> None:
+    with open_session(site.repository, site.keys) as session:
+        write(session, _SECOND)
+        forget_lock(site)
+        with pytest.raises(UnavailableError, match="taken over"):
+            session.commit(layout=b"{}", hostname="h")
+    assert [each.id for each in open_catalog(site.repository, site.key).snapshots()] == [_SNAPSHOT.id]
