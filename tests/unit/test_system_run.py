@@ -19,7 +19,6 @@ from remetal.system.run import (
     need_programs,
     run,
     start,
-    stream,
 )
 
 
@@ -137,15 +136,15 @@ def test_every_named_package_is_the_one_that_has_the_program() -> None:
 
 
 def use(way: str, argv: list[str]) -> None:
-    """Run a program by one of the three ways."""
+    """Run a program by one of the two ways."""
     if way == "run":
         run(argv)
     else:
-        with start(argv) if way == "start" else stream(argv):
+        with start(argv):
             pass
 
 
-@pytest.mark.parametrize("way", ["run", "start", "stream"])
+@pytest.mark.parametrize("way", ["run", "start"])
 def test_what_cannot_be_started_is_an_error_of_ours(tmp_path: Path, way: str) -> None:
     broken = tmp_path / "broken"
     broken.write_bytes(b"\x7fELF nonsense")
@@ -200,45 +199,8 @@ def test_file_descriptors_are_handed_over_only_on_request(tmp_path: Path) -> Non
         os.close(writer)
 
 
-def test_a_stream_yields_lines_while_the_program_works(tmp_path: Path) -> None:
-    go = tmp_path / "go"
-    os.mkfifo(go)
-    with stream(["sh", "-c", f"echo one; read x < {go}; echo two; printf three"]) as lines:
-        assert next(lines) == b"one\n"
-        go.write_text("on\n")
-        assert list(lines) == [b"two\n", b"three"]
-
-
-def test_a_stream_that_fails_at_its_end_raises_with_what_it_said() -> None:
-    with (
-        pytest.raises(ProgramFailedError, match=r"exit code 4: .*broken$") as caught,
-        stream(["sh", "-c", "echo out; head -c 300000 /dev/zero >&2; echo >&2; echo broken >&2; exit 4"]) as lines,
-    ):
-        assert list(lines) == [b"out\n"]
-    assert len(caught.value.stderr) > 300_000
-
-
 def test_a_message_holds_no_control_characters_and_no_endless_line() -> None:
     with pytest.raises(ProgramFailedError) as caught:
         run(["sh", "-c", "printf '\\033[31mred\\rx\\n' >&2; head -c 100000 /dev/urandom | od >&2 -w99999 ; exit 1"])
     assert all(each.isprintable() for each in caught.value.message)
     assert len(caught.value.message) < 2500
-
-
-def test_a_stream_that_is_left_early_ends_the_program_and_its_children_at_once(tmp_path: Path) -> None:
-    """The program is silent, and a child of its own holds both pipes open."""
-    began = time.monotonic()
-    with stream(["sh", "-c", "sleep 60 & echo $!; wait"]) as lines:
-        child = int(next(lines))
-    assert time.monotonic() - began < 10
-    assert ends(child)
-    with pytest.raises(ValueError, match="invalid literal"), stream(["sh", "-c", "sleep 60 & echo x$!; wait"]) as lines:
-        int(said := next(lines))
-    assert ends(int(said[1:]))
-
-
-def test_a_stream_that_nobody_reads_is_no_failure() -> None:
-    with stream(["false"]):
-        pass
-    with stream(["yes"]) as lines:
-        assert next(lines) == b"y\n"

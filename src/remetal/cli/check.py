@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.markup import escape
+from remetal.cli.tables import escape
 
 from remetal.cli.options import Credentials, Output, Repo, find_secret, need_secret
 from remetal.cli.output import print_result, reporting

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import msgspec
 from cyclopts import App, Parameter
-from rich.markup import escape
+from remetal.cli.tables import escape
 
 from remetal.cli.options import DEFAULTS, Credentials, Output, Repo, need_secret, new_passphrase
 from remetal.cli.output import print_result

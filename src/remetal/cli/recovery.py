@@ -121,9 +121,9 @@ def frame(title: str, error: RemetalError, recovery: Recovery | None) -> list[st
     """Return the lines of a frame that tells an error, its hint, and what it means for the disks."""
     from textwrap import wrap
 
-    lines = [*wrap(f"{error.message}.", _WIDTH - 4), ""]
+    lines = [*wrap(f"{error.message}.", _WIDTH - 4, break_on_hyphens=False), ""]
     if error.hint:
-        lines += [*wrap(error.hint, _WIDTH - 4), ""]
+        lines += [*wrap(error.hint, _WIDTH - 4, break_on_hyphens=False), ""]
     lines.append(f"exit code {error.exit_code}: {error.meaning}")
     if recovery is not None:
         lines.append(f"told by: {recovery.found.origin}"[: _WIDTH - 4])

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import msgspec
+from rich import markup
 from rich.console import RenderableType
-from rich.markup import escape
 from rich.table import Table
 
 from remetal.ids import short
@@ -14,6 +14,12 @@ from remetal.layout.model import FileSystem, GptTable, Inventory, Layout, MbrTab
 from remetal.repository import ImageRecord, KeyInfo, Snapshot
 from remetal.units import format_bytes, format_duration
 from remetal.workflows.restore import Prepared, RestoreReport
+
+
+def escape(text: str) -> str:
+    """Return text from a disk or a repository so that a terminal shows it and obeys nothing in it."""
+    shown = "".join(each if each.isprintable() or each == "\n" else f"\\x{ord(each):02x}" for each in text)
+    return markup.escape(shown)
 
 
 def _table(*columns: str, title: str | None = None) -> Table:

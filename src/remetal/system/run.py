@@ -11,16 +11,18 @@ import shlex
 import shutil
 import signal
 import subprocess
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import TypeAlias
 
 from remetal.errors import RefusedError, RemetalError
 
 Argv = Sequence[str | os.PathLike[str]]
+
+Process: TypeAlias = subprocess.Popen[bytes]
+"""A program that runs beside us; made by `start`."""
 
 _KEPT = ("HOME", "TMPDIR", "TZ", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR")
 _SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
@@ -148,7 +150,7 @@ def start(
     cwd: Path | None = None,
     log: Path | None = None,
     pass_fds: Sequence[int] = (),
-) -> Iterator[subprocess.Popen[bytes]]:
+) -> Iterator[Process]:
     """Run a program beside us for the length of a `with` block; it is ended when the block is left.
 
     Both outputs go to `log`, or are dropped. On leaving, SIGTERM, then after 5 s SIGKILL. Raises
@@ -180,73 +182,18 @@ def start(
                 process.wait()
 
 
-@contextmanager
-def stream(argv: Argv, *, env: Mapping[str, str] | None = None) -> Iterator[Iterator[bytes]]:
-    """Run a program and read its standard output line by line while it works.
-
-    If its output was read to the end, leaving the block waits for it and raises ProgramFailedError if it failed; a
-    block that is left before ends the program and all that it has started. Raises ProgramMissingError.
-    """
-    command = _resolve(argv)
+def wait_for_end(process: Process, timeout: float) -> int | None:
+    """Wait for a running program to end and return its exit code, or None if it still runs after `timeout` seconds."""
     try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=_environment(env),
-            process_group=0,
-        )
-    except (OSError, ValueError) as error:
-        raise _not_started(command, error) from error
-    assert process.stdout is not None
-    assert process.stderr is not None
-    said: list[bytes] = []
-    listener = threading.Thread(target=lambda pipe: said.append(pipe.read()), args=(process.stderr,), daemon=True)
-    listener.start()
-    lines = _Lines(process.stdout)
-    try:
-        yield lines
-        if lines.ended:
-            process.wait()
-    finally:
-        if process.returncode is None:
-            _kill_group(process.pid)
-            process.wait()
-        listener.join()
-        process.stdout.close()
-        process.stderr.close()
-    if lines.ended and process.returncode != 0:
-        raise ProgramFailedError(command, process.returncode, b"".join(said).decode("utf-8", "replace"))
-
-
-class _Lines:
-    """The lines of a pipe, and whether its end was seen."""
-
-    def __init__(self, pipe: IO[bytes]) -> None:
-        self._pipe = pipe
-        self.ended = False
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        line = self._pipe.readline()
-        if not line:
-            self.ended = True
-            raise StopIteration
-        return line
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _presentable(line: str) -> str:
     """Return a line of a program's output as it may stand in a message: no control characters, not endless."""
     plain = "".join(each if each.isprintable() else " " for each in line[:_LINE_SHOWN]).strip()
     return plain if len(line) <= _LINE_SHOWN else f"{plain}…"
-
-
-def _kill_group(group: int) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
 
 
 def _not_started(command: Sequence[str], error: OSError | ValueError) -> RemetalError:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from remetal.errors import RefusedError, RemetalError
-from remetal.system.run import need_programs, start
+from remetal.system.run import Process, need_programs, start, wait_for_end
 from remetal.units import format_duration
 from remetal.vm.accelerator import probe_accelerator
 from remetal.vm.firmware import open_firmware
@@ -48,7 +47,7 @@ class Running:
     folder: Path
     serial_log: Path
     monitor: Monitor
-    _process: subprocess.Popen[bytes]
+    _process: Process
     _serial: socket.socket
     _position: int
     _started: float = field(default_factory=time.monotonic)
@@ -126,10 +125,9 @@ class Running:
 
         Raises MachineFailedError if it is still on after `timeout` seconds, or QEMU itself failed.
         """
-        try:
-            returncode = self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            raise self._failure(f"was still on after {format_duration(timeout)}") from None
+        returncode = wait_for_end(self._process, timeout)
+        if returncode is None:
+            raise self._failure(f"was still on after {format_duration(timeout)}")
         if returncode != 0:
             raise self._failure(f"failed: QEMU ended with {returncode}")
         shutdowns = [event for event in self.events() if event["event"] == "SHUTDOWN"]

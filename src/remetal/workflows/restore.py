@@ -226,7 +226,7 @@ def _with_roles(target: Target, repository: str) -> Target:
     holds = path.is_relative_to(place) or any(
         use.what == "mount" and use.where == mount for use in describe_use(path) if path.exists()
     )
-    return msgspec.structs.replace(target, roles=("holds the repository",)) if holds else target
+    return msgspec.structs.replace(target, roles=(*target.roles, "holds the repository")) if holds else target
 
 
 def _facts(images: Mapping[SpaceId, ImageFacts], volume: SpaceId) -> ImageFacts:
