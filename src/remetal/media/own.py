@@ -50,9 +50,10 @@ def build_own_layer(base: BaseRoot, work: Path, answer: bytes | None, report: Re
     python.mkdir(parents=True)
     _put_dependencies(base, python, report)
     shutil.copytree(Path(remetal.__file__).parent, python / "remetal", ignore=_left_out)
+    _compile(base, python)
     image = work / "own.squashfs"
-    _prove(base, folder, report)
     run(["mksquashfs", folder, image, *_COMPRESSION, "-noappend", "-no-progress", "-quiet", "-all-root"])
+    _prove(base, image, report)
     return image
 
 
@@ -160,18 +161,34 @@ def _left_out(folder: str, names: list[str]) -> list[str]:
     return [name for name in names if name == "__pycache__" or name.endswith(".pyc")]
 
 
-def _prove(base: BaseRoot, folder: Path, report: Report) -> None:
-    """Compile our Python files with the medium's own Python, and start remetal in the recovery system."""
+def _compile(base: BaseRoot, python: Path) -> None:
+    """Compile the Python files with the medium's own Python: an emulated or old machine takes long for it."""
     with entered_root([base.path("root.squashfs")]) as root:
-        shutil.copytree(folder, root, symlinks=True, dirs_exist_ok=True)
-        compiling = ["python3", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", f"/{_PYTHON}"]
+        shutil.copytree(python, root / _PYTHON)
+        run(
+            [
+                "chroot",
+                root,
+                "python3",
+                "-m",
+                "compileall",
+                "-q",
+                "--invalidation-mode",
+                "unchecked-hash",
+                f"/{_PYTHON}",
+            ]
+        )
+        shutil.copytree(root / _PYTHON, python, dirs_exist_ok=True)
+
+
+def _prove(base: BaseRoot, image: Path, report: Report) -> None:
+    """Start remetal in the very file system that the medium will show. Raises RemetalError if it does not."""
+    with entered_root([image, base.path("root.squashfs")]) as root:
         try:
-            run(["chroot", root, *compiling])
             version = run(["chroot", root, "remetal", "--version"]).text.strip()
             run(["chroot", root, "remetal", "recovery", "--help"])
         except ProgramFailedError as error:
             raise RemetalError(
                 f"remetal does not start in the recovery system: {error.message}", hint=error.hint
             ) from error
-        shutil.copytree(root / _PYTHON, folder / _PYTHON, dirs_exist_ok=True)
     report(Note(f"{version} starts in the recovery system"))
