@@ -173,6 +173,15 @@ def test_the_log_of_a_failure_is_left_on_the_answers_volume(tmp_path: Path) -> N
         check_first_time(recovery)
 
 
+def test_the_log_of_a_bad_answer_is_left_beside_it(tmp_path: Path) -> None:
+    with attached(tmp_path, "REMETAL", {FILE_NAME: b"repo = 1"}) as volume:
+        with pytest.raises(RefusedError, match=f"{volume.device} .*repo"):
+            find_answer(CommandLine(), silent, baked=tmp_path / "none")
+        recovery = Recovery(None)
+        assert leave_log(recovery, b"", silent) is not None
+        assert recovery.log_volume == volume
+
+
 def test_a_log_that_cannot_be_left_is_told_and_no_failure(tmp_path: Path) -> None:
     told: list[Event] = []
     with attached(tmp_path, new_label(), {}) as volume:

@@ -21,7 +21,7 @@ from remetal.ids import short
 from remetal.media.answer import CommandLine, End, parse_command_line
 from remetal.system.run import run
 from remetal.units import format_bytes, format_duration
-from remetal.workflows.recover import Recovery, check_first_time, find_answer, leave_log, recover
+from remetal.workflows.recover import Found, Recovery, check_first_time, find_answer, leave_log, recover
 
 if TYPE_CHECKING:
     from remetal.workflows.restore import Prepared
@@ -71,21 +71,21 @@ def recovery(
 
 def run_unattended(log: Path, output: Output) -> int | None:
     """Do what this machine was told to do, show and log it, and return its exit code; None without a word."""
-    recovery: Recovery | None = None
+    recovery = Recovery(None)
     with reporting(output) as report:
         try:
             found = find_answer(_command_line(), report)
             if found is None:
                 return None
-            recovery = Recovery(found)
+            recovery.found = found
             report(Step(f"Recovering unattended, by {found.origin}"))
-            recover(recovery, _agreeing(recovery, report), report)
+            recover(recovery, _agreeing(recovery, found, report), report)
         except (RemetalError, KeyboardInterrupt) as error:
             return fail(recovery, as_failure(error), log, report)
         except Exception as error:  # noqa: BLE001 - nobody sits here: whatever it is has to reach the log
             failure = RemetalError(f"an error in remetal itself: {type(error).__name__}: {error}")
             return fail(recovery, failure, log, report)
-        return finish(recovery, log, report)
+        return finish(recovery, found.answer.end, log, report)
 
 
 def as_failure(error: RemetalError | KeyboardInterrupt) -> RemetalError:
@@ -93,13 +93,12 @@ def as_failure(error: RemetalError | KeyboardInterrupt) -> RemetalError:
     return error if isinstance(error, RemetalError) else RefusedError("stopped by Ctrl-C; nothing was touched")
 
 
-def finish(recovery: Recovery, log: Path, report: Report) -> int:
+def finish(recovery: Recovery, end: End, log: Path, report: Report) -> int:
     """Leave the log, say that it is done, and do what the answer wants at the end."""
     done = recovery.report
     assert done is not None
     report(Note(f"wrote {format_bytes(done.written)} in {format_duration(recovery.seconds)}"))
     leave_log(recovery, log.read_bytes(), report)
-    end = recovery.found.answer.end
     uptime = float(Path("/proc/uptime").read_text().split()[0])
     since = f"{uptime:.0f} s after the kernel started"
     say(f"remetal: recovery finished in {recovery.seconds:.0f} s ({since}), next: {end}")
@@ -108,16 +107,15 @@ def finish(recovery: Recovery, log: Path, report: Report) -> int:
     return 0
 
 
-def fail(recovery: Recovery | None, error: RemetalError, log: Path, report: Report) -> int:
+def fail(recovery: Recovery, error: RemetalError, log: Path, report: Report) -> int:
     """Show what went wrong in a frame and leave the log. A shell follows, never a reboot."""
     say("", *frame("Recovery failed", error, recovery), "")
-    if recovery is not None:
-        leave_log(recovery, log.read_bytes(), report)
+    leave_log(recovery, log.read_bytes(), report)
     say(f"remetal: recovery failed with exit code {error.exit_code}")
     return error.exit_code
 
 
-def frame(title: str, error: RemetalError, recovery: Recovery | None) -> list[str]:
+def frame(title: str, error: RemetalError, recovery: Recovery) -> list[str]:
     """Return the lines of a frame that tells an error, its hint, and what it means for the disks."""
     from textwrap import wrap
 
@@ -125,7 +123,7 @@ def frame(title: str, error: RemetalError, recovery: Recovery | None) -> list[st
     if error.hint:
         lines += [*wrap(error.hint, _WIDTH - 4, break_on_hyphens=False), ""]
     lines.append(f"exit code {error.exit_code}: {error.meaning}")
-    if recovery is not None:
+    if recovery.found is not None:
         lines.append(f"told by: {recovery.found.origin}"[: _WIDTH - 4])
     lines.append(f"log: {STATE / 'recovery.log'}")
     rule = "-" * (_WIDTH - len(title) - 5)
@@ -144,7 +142,7 @@ def say(*lines: str) -> None:
         print(line, flush=True)  # noqa: T201
 
 
-def _agreeing(recovery: Recovery, report: Report) -> Callable[[Prepared], None]:
+def _agreeing(recovery: Recovery, found: Found, report: Report) -> Callable[[Prepared], None]:
     def agree(prepared: Prepared) -> None:
         from remetal.cli.output import result_console
         from remetal.cli.tables import plan_view
@@ -152,7 +150,7 @@ def _agreeing(recovery: Recovery, report: Report) -> Callable[[Prepared], None]:
         for each in plan_view(prepared):
             result_console().print(each)
         check_first_time(recovery)
-        pause = recovery.found.answer.pause
+        pause = found.answer.pause
         if pause:
             report(Step(f"Carrying out plan {short(prepared.plan.id)} in {pause} s; Ctrl-C stops it"))
             time.sleep(pause)

@@ -69,9 +69,12 @@ class Found:
 
 @dataclass(slots=True)
 class Recovery:
-    """What a recovery did, as far as it came; filled while it goes, so that a failure can be told as well."""
+    """What a recovery did, as far as it came; filled while it goes, so that a failure can be told as well.
 
-    found: Found
+    `found` is None where the search for an answer failed already.
+    """
+
+    found: Found | None
     seconds: float = 0.0
     plan: bytes = b""
     """The plan as JSON; empty until it was made."""
@@ -183,6 +186,7 @@ def recover(recovery: Recovery, agree: Callable[[Prepared], None], report: Repor
     from remetal.workflows.restore import RestoreRequest, apply_restore, prepared_restore
 
     began = time.monotonic()
+    assert recovery.found is not None, "somebody has to say what to recover"
     answer = recovery.found.answer
     named = [each for each in (answer.repository, answer.passphrase_file, answer.kit_file, answer.log) if each]
     volumes = _await_volumes(named)
@@ -252,7 +256,7 @@ def check_first_time(recovery: Recovery) -> None:
     A medium that stays in the machine would otherwise roll the restored system back at every start.
     """
     volume = recovery.log_volume
-    if recovery.found.answer.repeat or volume is None:
+    if volume is None or (recovery.found is not None and recovery.found.answer.repeat):
         return
     name = str(Path(recovery.log_folder) / LOG_FOLDER / recovery.mark)
     with opened_volume(volume) as folder:
@@ -272,7 +276,7 @@ def leave_log(recovery: Recovery, text: bytes, report: Report) -> str | None:
     to is reported, never raised: the log must not turn a success into a failure.
     """
     if recovery.log_volume is None:
-        recovery.log_volume = recovery.found.volume or _find_labelled()
+        recovery.log_volume = (recovery.found.volume if recovery.found else None) or _find_log_volume()
     if recovery.log_volume is None:
         report(Warn("there is no volume to leave the log on", hint="It is in /run/remetal/recovery.log."))
         return None
@@ -298,8 +302,11 @@ def leave_log(recovery: Recovery, text: bytes, report: Report) -> str | None:
     return place
 
 
-def _find_labelled() -> AttachedVolume | None:
-    return next((each for each in probe_volumes() if each.label.upper() == ANSWER_LABEL), None)
+def _find_log_volume() -> AttachedVolume | None:
+    """Return the volume labelled REMETAL, else one that holds an answer, however bad that may be."""
+    volumes = probe_volumes()
+    labelled = next((each for each in volumes if each.label.upper() == ANSWER_LABEL), None)
+    return labelled or next((each for each in volumes if read_from(each, FILE_NAME, MAX_SIZE) is not None), None)
 
 
 def _write_durably(path: Path, data: bytes) -> None:
