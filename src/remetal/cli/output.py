@@ -5,6 +5,7 @@ Results go to standard output; everything that happens on the way goes to standa
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -51,10 +52,11 @@ def print_result(output: Output, value: object, *renderables: RenderableType) ->
 
 
 def result_console() -> Console:
-    """Return a console on standard output: as wide as the terminal, and wide enough for every table elsewhere."""
+    """Return a console on standard output: as wide as the terminal or $COLUMNS, else wide enough for every table."""
     from rich.console import Console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 200, soft_wrap=not sys.stdout.isatty())
+    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200
+    return Console(highlight=False, width=wide, soft_wrap=not sys.stdout.isatty())
 
 
 @contextmanager
