@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from remetal.errors import DamagedError, RefusedError
-from remetal.repository import ZERO_ID, check_repository, open_session
+from remetal.repository import ZERO_ID, Batch, check_repository, open_reader, open_session
 from remetal.repository.config import decode_config
 from remetal.repository.indexes import decode_index, encode_index
 from remetal.repository.kit import RecoveryKit, parse_kit
@@ -259,3 +259,19 @@ def test_a_kit_comes_back_and_a_slip_is_found(seed: bytes, data: st.DataObject) 
     else:
         found = False
     assert found
+
+
+def test_a_huge_image_that_is_almost_empty_costs_almost_nothing() -> None:
+    site = _SITE.copy()
+    size = 2 << 40
+    last = size // CHUNK - 1
+    ends = [Batch(first, memoryview(_NOISE[:CHUNK]), lambda: None) for first in (0, last)]
+    with open_session(site.repository, site.keys) as session:
+        image = session.write_image("sda", size, ends)
+        snapshot = session.commit(layout=b"{}", hostname="h")
+    assert (image.used, session.statistics.chunks_new) == (2 * CHUNK, 1)
+    assert sum(1 for page in image.pages if page) == 2
+    with open_reader(site.repository, site.key, snapshot) as reader:
+        reader.verify_present([image])
+        assert [(run.first, len(run.ids)) for run in reader.runs(image)] == [(0, 1), (last, 1)]
+    assert sum(len(data) for data in site.store.objects.values()) < 1 << 18

@@ -17,13 +17,14 @@ from remetal.repository import (
     MachineKeys,
     add_recipient,
     check_repository,
+    encoder,
     enroll_machine,
     init_repository,
+    list_keys,
     open_catalog,
     open_repository,
     open_session,
 )
-from remetal.repository import session as session_module
 from remetal.repository.locks import LEASE, LockRecord, _process_start, _this_process, hold_machine, is_stale
 from remetal.repository.objects import encode_json
 from remetal.repository.packs import Codec
@@ -44,7 +45,7 @@ def site() -> Site:
 def many_packs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make packs and index objects small, so that a small backup has many of them."""
     monkeypatch.setattr("remetal.repository.packs.PACK_SIZE", 2 * CHUNK)
-    monkeypatch.setattr(session_module, "PACKS_PER_INDEX", 2)
+    monkeypatch.setattr(encoder, "PACKS_PER_INDEX", 2)
 
 
 def changes_of_a_backup(site: Site) -> int:
@@ -199,7 +200,9 @@ def test_init_and_keys_survive_a_store_that_dies(after: bool) -> None:
         else:
             with pytest.raises(RefusedError, match="no repository"):
                 open_repository(again)
-            init_repository(again, passphrase="x")
+            repository, _ = init_repository(again, passphrase="x")
+            assert check_repository(repository, keys=None).problems == []
+            assert [each.kind for each in list_keys(repository)] == ["recipient", "passphrase"]
     site = _SITE.copy()
     die_at(2, after=after)(site.store)
     with pytest.raises(StoreDiedError):

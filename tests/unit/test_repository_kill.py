@@ -40,12 +40,12 @@ _BACKUP = """
 import sys
 from pathlib import Path
 from remetal.repository import load_machine_keys, open_repository, open_session, packs
-from remetal.repository import session as session_module
+from remetal.repository import encoder
 from remetal.storage import open_store
 from tests.repositories import batches_of
 
 packs.PACK_SIZE = 1 << 20
-session_module.PACKS_PER_INDEX = 2
+encoder.PACKS_PER_INDEX = 2
 repository = open_repository(open_store(sys.argv[1]))
 keys = load_machine_keys(Path(sys.argv[2]), repository)
 data = Path(sys.argv[3]).read_bytes()
@@ -97,27 +97,30 @@ def read_newest(repository: Repository, key: RecipientKey) -> bytes:
 
 def test_a_backup_that_is_killed_at_any_moment(tmp_path: Path) -> None:
     place = Place(tmp_path)
-    data = os.urandom(12 * MIB)
-    place.image.write_bytes(data)
+    images = [os.urandom(12 * MIB)]
+    place.image.write_bytes(images[0])
+    began = time.monotonic()
+    with place.start() as process:
+        assert process.wait() == 0
+    whole = time.monotonic() - began
     moments = random.Random(5)
-    kept = 0
-    killed = 0
+    kept, killed = 1, 0
     for _ in range(6):
+        images.append(os.urandom(12 * MIB))
+        place.image.write_bytes(images[-1])
         with place.start() as process:
-            time.sleep(moments.uniform(0.0, 0.25))
+            time.sleep(moments.uniform(0.0, whole / 2))
             process.send_signal(signal.SIGKILL)
             killed += process.wait() == -signal.SIGKILL
-        problems = check_repository(place.repository, keys=place.key, read_data=True).problems
-        assert problems == []
+        assert check_repository(place.repository, keys=place.key, read_data=True).problems == []
         snapshots = open_catalog(place.repository, place.key).snapshots()
-        assert len(snapshots) >= kept
+        assert kept <= len(snapshots) <= kept + 1
         kept = len(snapshots)
-        if kept:
-            assert read_newest(place.repository, place.key) == data
+        assert read_newest(place.repository, place.key) in images
     assert killed > 0
     with place.start() as process:
         assert process.wait() == 0
-    assert read_newest(place.repository, place.key) == data
+    assert read_newest(place.repository, place.key) == images[-1]
     assert check_repository(place.repository, keys=place.keys()).problems == []
     assert list(place.store.entries("locks/")) == []
     assert list((place.store.root / ".tmp").iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from remetal.repository.catalog import Catalog, open_catalog
 from remetal.repository.check import CheckResult, check_repository, rebuild_index
 from remetal.repository.config import DEFAULT_CHUNK_SIZE, FORMAT, Config
+from remetal.repository.encoder import Statistics
 from remetal.repository.kit import RecoveryKit
 from remetal.repository.machines import MachineKeys, check_machine_name, state_folder
 from remetal.repository.maps import ZERO_ID, Run
@@ -29,7 +30,7 @@ from remetal.repository.repository import (
     unlock_with_kit,
     unlock_with_passphrase,
 )
-from remetal.repository.session import Batch, Session, Statistics, open_session
+from remetal.repository.session import Batch, Session, open_session
 from remetal.repository.snapshots import ImageRecord, Snapshot
 
 __all__ = [

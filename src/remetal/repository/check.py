@@ -21,7 +21,7 @@ from remetal.repository.catalog import Catalog, MachineAccess, load_table, open_
 from remetal.repository.config import decode_config
 from remetal.repository.indexes import PACKS_PER_INDEX, put_index
 from remetal.repository.machines import MachineKeys, MachineRecord, read_machines
-from remetal.repository.maps import ZERO_ID, map_folder
+from remetal.repository.maps import ZERO_ID
 from remetal.repository.objects import (
     CONFIG,
     LOCKS,
@@ -61,6 +61,7 @@ class CheckResult:
     bytes: int = 0
     snapshots: int = 0
     chunks_read: int = 0
+    _told: set[str] = field(default_factory=set, repr=False)
 
     @property
     def ok(self) -> bool:
@@ -69,7 +70,9 @@ class CheckResult:
 
     def add(self, *problems: str) -> None:
         """Note problems, each of them once."""
-        self.problems += [each for each in dict.fromkeys(problems) if each not in self.problems]
+        fresh = [each for each in dict.fromkeys(problems) if each not in self._told]
+        self._told.update(fresh)
+        self.problems += fresh
 
 
 def check_repository(
@@ -253,7 +256,7 @@ def _check_snapshot(
             result.add(f"{what}: {error.message}")
             continue
         if unknown:
-            result.add(f"{what}: {unknown} chunks are in no index object of {map_folder(snapshot.machine_id)[5:-1]}")
+            result.add(f"{what}: {unknown} chunks are in no index object of machine {snapshot.machine_id}")
         if missing:
             result.add(f"{what}: {missing} chunks lie in packs that are missing or cut short")
         if not unknown and not missing:

@@ -25,7 +25,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from remetal.errors import RemetalError
-from remetal.repository.cipher import KEY_SIZE, TAG_SIZE, WRAPPING, CipherError, KemPublic, chunk_id, digest
+from remetal.repository.cipher import KEY_SIZE, TAG_SIZE, WRAPPING, CipherError, KemPublic, chunk_id
 from remetal.repository.config import MAX_CHUNK
 from remetal.repository.objects import damaged, header
 from remetal.repository.recipients import MAX_RECIPIENTS, RecipientKey, RecipientRecord
@@ -262,11 +262,6 @@ def open_pack(name: str, head: bytes, key: RecipientKey) -> PackOpener:
                 raise damaged(name, "its key has the wrong length")
             return PackOpener(name, machine.hex(), start, prologue, AESGCM(pack_key))
     raise damaged(name, f"it is not sealed to the key {key.id}: it was written before that key was accepted")
-
-
-def identity_of(pieces: Sequence[bytes]) -> bytes:
-    """Return the hash that names a pack of these pieces."""
-    return digest(*pieces)
 
 
 def _wrap(key: bytes, kem: KemPublic, prologue: bytes, recipient: str) -> bytes:

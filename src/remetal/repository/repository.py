@@ -29,7 +29,7 @@ from remetal.repository.machines import (
     save_keys,
     seal_secrets,
 )
-from remetal.repository.objects import CONFIG, HELP, INDEX, MACHINES, PACKS, SNAPSHOTS
+from remetal.repository.objects import CONFIG, HELP, INDEX, MACHINES, PACKS, RECIPIENTS, SLOTS, SNAPSHOTS
 from remetal.repository.recipients import RecipientKey, RecipientRecord, put_recipient, read_recipients
 from remetal.repository.slots import put_slot, read_slots, try_slot, unlock
 from remetal.storage import AlreadyExistsError, NotFoundError, Store
@@ -68,7 +68,7 @@ def init_repository(
     is no repository. Raises RefusedError if the store holds one already, UsageError for an empty passphrase.
     """
     check_chunk_size(chunk_size)
-    _refuse_occupied(store)
+    _clear_place(store)
     seed = secrets.token_bytes(KEY_SIZE)
     key = RecipientKey(RecipientKey("", seed).id, seed)
     created = utc_now()
@@ -85,7 +85,8 @@ def init_repository(
     return repository, make_kit(repository, key)
 
 
-def _refuse_occupied(store: Store) -> None:
+def _clear_place(store: Store) -> None:
+    """Make sure that the store holds no repository, nor the beginnings of one."""
     try:
         store.get(CONFIG, size=1)
     except NotFoundError:
@@ -100,6 +101,9 @@ def _refuse_occupied(store: Store) -> None:
                 f"{store.location} holds a repository whose config is missing",
                 hint="Bring the object 'config' back from a copy of the repository, or choose another place.",
             )
+    for prefix in (RECIPIENTS, SLOTS):
+        for entry in list(store.entries(prefix)):
+            store.delete(entry.name)  # left by an init that was cut off: no config ever made it a repository
 
 
 def open_repository(store: Store) -> Repository:

@@ -24,13 +24,11 @@ from remetal import __version__
 from remetal.errors import DamagedError, RemetalError
 from remetal.events import Report, Warn, silent
 from remetal.repository.catalog import MachineAccess, check_keys, find_newest, image_runs, load_table
-from remetal.repository.cipher import chunk_id, digest
-from remetal.repository.indexes import PACKS_PER_INDEX, put_index
+from remetal.repository.cipher import digest
+from remetal.repository.encoder import UPLOADERS, Encoded, Statistics, Uploads, Worker
 from remetal.repository.locks import MachineLock, hold_machine
 from remetal.repository.machines import Head, MachineKeys
-from remetal.repository.maps import PAGE_CHUNKS, ZERO_ID, PageBuilder, map_digest, page_slots, put_page
-from remetal.repository.objects import pack_name, put_once
-from remetal.repository.packs import Codec, Contents, Pack, PackBuilder
+from remetal.repository.maps import PAGE_CHUNKS, PageBuilder, map_digest, page_slots, put_page
 from remetal.repository.repository import Repository, new_recipients, utc_now
 from remetal.repository.snapshots import (
     Body,
@@ -45,7 +43,6 @@ from remetal.repository.snapshots import (
 )
 from remetal.repository.table import ChunkTable
 
-_UPLOADERS = 2
 _BATCHES_AHEAD = 4
 """How many batches per worker may wait, where the producer's own pool of buffers sets no lower limit."""
 
@@ -61,149 +58,6 @@ class Batch:
     first: int
     data: memoryview
     release: Callable[[], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """What a session has done so far. `changed` counts bytes that differ from the predecessor at the same place."""
-
-    read_bytes: int = 0
-    new_bytes: int = 0
-    stored_bytes: int = 0
-    changed_bytes: int = 0
-    chunks_known: int = 0
-    chunks_new: int = 0
-    chunks_zero: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Encoded:
-    """What became of a batch: its chunks' ids in order, and the counts."""
-
-    first: int
-    ids: list[bytes]
-    statistics: Statistics
-
-
-class _Uploads:
-    """Stores finished packs beside the workers, adds them to the table, and writes index objects."""
-
-    def __init__(self, repository: Repository, keys: MachineKeys, table: ChunkTable, limit: int) -> None:
-        self._repository = repository
-        self._keys = keys
-        self._pool = ThreadPoolExecutor(_UPLOADERS, thread_name_prefix="upload")
-        self._room = threading.Semaphore(limit)
-        self._guard = threading.Lock()
-        self._table = table
-        self._claimed: set[bytes] = set()
-        self._stored: list[Contents] = []
-        self._futures: list[Future[None]] = []
-
-    def claim(self, ids: Sequence[bytes]) -> list[bool]:
-        """Return for each id whether the caller has to store it: nobody has, and nobody else is at it."""
-        with self._guard:
-            known = self._table.known(ids)
-            mine: list[bool] = []
-            for identity, there in zip(ids, known, strict=True):
-                fresh = not there and identity != ZERO_ID and identity not in self._claimed
-                if fresh:
-                    self._claimed.add(identity)
-                mine.append(fresh)
-            return mine
-
-    def store(self, pack: Pack) -> None:
-        """Hand a pack over; waits while too many are under way. Raises what an earlier pack ran into."""
-        self._room.acquire()
-        with self._guard:
-            done = [each for each in self._futures if each.done()]
-            self._futures = [each for each in self._futures if not each.done()]
-            self._futures.append(self._pool.submit(self._store, pack))
-        for each in done:
-            each.result()
-
-    def finish(self) -> None:
-        """Wait for every pack and put what is stored into the index. Raises what any of them ran into."""
-        self._pool.shutdown(wait=True)
-        try:
-            for each in self._futures:
-                each.result()
-        finally:
-            with self._guard:
-                waiting, self._stored = self._stored, []
-            if waiting:
-                put_index(self._repository.store, self._repository.config.id, self._keys.domain, waiting)
-
-    def _store(self, pack: Pack) -> None:
-        try:
-            put_once(self._repository.store, pack_name(pack.contents.identity), pack.pieces)
-            with self._guard:
-                self._table.add(pack.contents)
-                self._claimed.difference_update(row.tobytes() for row in pack.contents.entries["id"])
-                self._stored.append(pack.contents)
-                ready = self._stored if len(self._stored) >= PACKS_PER_INDEX else []
-                if ready:
-                    self._stored = []
-            if ready:
-                put_index(self._repository.store, self._repository.config.id, self._keys.domain, ready)
-        finally:
-            self._room.release()
-
-
-class _Worker:
-    """Turns batches into chunks in a pack of its own; used by one thread at a time."""
-
-    def __init__(self, repository: Repository, keys: MachineKeys, uploads: _Uploads) -> None:
-        self._repository = repository
-        self._keys = keys
-        self._uploads = uploads
-        self._codec = Codec(keys.stored.id_key)
-        self._zero_ids: dict[int, bytes] = {}
-        self._pack: PackBuilder | None = None
-
-    def encode(self, first: int, data: memoryview) -> _Encoded:
-        """Hash the chunks of a batch, and store those that nobody has."""
-        size = self._repository.config.chunk_size
-        chunks = [data[start : start + size] for start in range(0, len(data), size)]
-        ids = [self._identify(chunk) for chunk in chunks]
-        new_bytes = stored = new = 0
-        for chunk, identity, mine in zip(chunks, ids, self._uploads.claim(ids), strict=True):
-            if mine:
-                stored += self._add(identity, chunk)
-                new_bytes += len(chunk)
-                new += 1
-        zero = ids.count(ZERO_ID)
-        counts = Statistics(
-            read_bytes=len(data),
-            new_bytes=new_bytes,
-            stored_bytes=stored,
-            chunks_known=len(ids) - new - zero,
-            chunks_new=new,
-            chunks_zero=zero,
-        )
-        return _Encoded(first, ids, counts)
-
-    def flush(self) -> None:
-        """Hand over the open pack, if there is anything in it."""
-        pack, self._pack = self._pack, None
-        if pack is not None and not pack.empty:
-            self._uploads.store(pack.finish())
-
-    def _identify(self, chunk: memoryview) -> bytes:
-        identity = self._codec.identify(chunk)
-        zero = self._zero_ids.get(len(chunk))
-        if zero is None:
-            self._zero_ids.clear()
-            zero = self._zero_ids[len(chunk)] = chunk_id(self._keys.stored.id_key, bytes(len(chunk)))
-        return ZERO_ID if identity == zero else identity
-
-    def _add(self, identity: bytes, chunk: memoryview) -> int:
-        if self._pack is None:
-            config, stored = self._repository.config, self._keys.stored
-            self._pack = PackBuilder(config.id, stored.record.id, stored.recipients, self._codec)
-        size = self._pack.add(identity, chunk)
-        if self._pack.full:
-            self.flush()
-        return size
 
 
 class _MapWriter:
@@ -294,12 +148,12 @@ class Session:
         self._keys = keys
         self._lock = lock
         self._report = report
-        self._uploads = _Uploads(repository, keys, table, workers + _UPLOADERS)
+        self._uploads = Uploads(repository, keys, table, workers + UPLOADERS)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="encode")
         self._ahead = workers * _BATCHES_AHEAD
-        self._workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._workers: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for _ in range(workers):
-            self._workers.put(_Worker(repository, keys, self._uploads))
+            self._workers.put(Worker(repository, keys, self._uploads))
         self._failed = threading.Event()
         self._images: list[ImageRecord] = []
         self._ended = False
@@ -315,12 +169,13 @@ class Session:
         computer miscalculates, and whatever `batches` raises; the session can then only be left.
         """
         assert not self._ended, "the session has ended"
+        assert not self._failed.is_set(), "an image of the session has failed"
         chunk_size = self._repository.config.chunk_size
         pages = -(-size // (chunk_size * PAGE_CHUNKS))
         writer = _MapWriter(self._repository, self._keys, size)
         predecessor = _Predecessor(self._repository, self._keys, previous, self._report)
         before = self.statistics
-        waiting: deque[Future[_Encoded | None]] = deque()
+        waiting: deque[Future[Encoded | None]] = deque()
         try:
             following = 0
             for batch in batches:
@@ -396,7 +251,7 @@ class Session:
         with suppress(Exception):  # the error that led here is the one to tell
             self._uploads.finish()
 
-    def _submit(self, batch: Batch, following: int, size: int) -> Future[_Encoded | None]:
+    def _submit(self, batch: Batch, following: int, size: int) -> Future[Encoded | None]:
         chunk_size = self._repository.config.chunk_size
         start = batch.first * chunk_size
         whole = len(batch.data) % chunk_size == 0 or start + len(batch.data) == size
@@ -408,7 +263,7 @@ class Session:
             batch.release()
             raise
 
-    def _encode(self, batch: Batch) -> _Encoded | None:
+    def _encode(self, batch: Batch) -> Encoded | None:
         """Runs in a worker thread; None if the session has failed meanwhile."""
         worker = self._workers.get()
         try:
@@ -420,7 +275,7 @@ class Session:
             self._workers.put(worker)
             batch.release()
 
-    def _collect(self, future: Future[_Encoded | None], writer: _MapWriter, predecessor: _Predecessor) -> None:
+    def _collect(self, future: Future[Encoded | None], writer: _MapWriter, predecessor: _Predecessor) -> None:
         done = future.result()
         if done is None:
             return  # another batch has failed, and its future says why

@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,21 +98,11 @@ class ChunkTable:
         found = self._find(ids)
         return [int(self._segments[each][1][number]["pack"]) if each >= 0 else -1 for each, number in found]
 
-    def places(self) -> Iterator[tuple[bytes, Place]]:
-        """Yield every chunk with its place, in no useful order."""
-        self._flush()
-        for _, rows in self._segments:
-            for row in rows:
-                yield (
-                    row["id"].tobytes(),
-                    Place(
-                        int(row["pack"]), int(row["ordinal"]), int(row["offset"]), int(row["word"]), int(row["plain"])
-                    ),
-                )
-
     def _find(self, ids: Sequence[bytes]) -> list[tuple[int, int]]:
         self._flush()
         result = [(-1, -1)] * len(ids)
+        if not ids:
+            return result
         wanted = _sort_keys(np.frombuffer(b"".join(ids), np.uint8).reshape(-1, 32))
         for segment, (keys, rows) in enumerate(self._segments):
             starts = np.searchsorted(keys, wanted)
