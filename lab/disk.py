@@ -59,7 +59,7 @@ def take_disk_manifest(disk: Path) -> Manifest:
     manifest: Manifest = {}
     for place, (kind, span) in find_mounts_of(disk).items():
         with _opened(kind, span) as folder:
-            manifest.update(take_manifest(str(folder), place, plain=kind == "vfat", workers=2))
+            manifest.update(take_manifest(str(folder), place, plain=kind == "vfat"))
     return manifest
 
 

@@ -67,6 +67,9 @@ class Part:
     check: int = 0
 
 
+_MOUNT = {"xfs": ("nouuid",)}
+"""Mount options: the same machine may be under construction, or mounted, elsewhere on this host."""
+
 _ROOT = ("ext4", "/", "errors=remount-ro", 1)
 _ESP = ("vfat", "/boot/efi", "umask=0077", 1)
 
@@ -198,7 +201,7 @@ def _mounted_parts(parts: tuple[Part, ...], spans: dict[int, Span], *, skipped: 
             target = folder / part.place.lstrip("/")
             target.mkdir(parents=True, exist_ok=True)
             device = stack.enter_context(attach_loop(spans[part.number], writable=True))
-            stack.enter_context(mounted(device, kind=part.kind, target=target))
+            stack.enter_context(mounted(device, kind=part.kind, options=_MOUNT.get(part.kind, ()), target=target))
         yield folder
 
 
@@ -207,6 +210,7 @@ def _configure(folder: Path, recipe: Recipe, parts: tuple[Part, ...]) -> None:
     (etc / "hostname").write_text(f"{recipe.name}\n")
     (etc / "hosts").write_text(f"127.0.0.1\tlocalhost\n127.0.1.1\t{recipe.name}\n")
     (etc / "machine-id").write_text(uuid.UUID(recipe.identity("machine")).hex + "\n")
+    (folder / "var/lib/dbus/machine-id").symlink_to("/etc/machine-id")
     fstab = ["# <file system> <mount point> <type> <options> <dump> <pass>"]
     for part in sorted((part for part in parts if part.kind), key=lambda part: part.place or "~"):
         place, options = (part.place, part.options) if part.place else ("none", "sw")

@@ -14,8 +14,9 @@ import stat
 import struct
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from hashlib import blake2b
+from multiprocessing import get_context
 from typing import Any
 
 Entry = dict[str, Any]
@@ -38,10 +39,11 @@ _FLAGS = {0x10: "immutable", 0x20: "append-only", 0x40: "no-dump", 0x80: "no-ati
 _PIECE = 1 << 20
 
 
-def take_manifest(root: str, place: str = "/", *, plain: bool = False, workers: int = 2) -> Manifest:
+def take_manifest(root: str, place: str = "/", *, plain: bool = False, workers: int = 1) -> Manifest:
     """Return the manifest of the tree at `root`, which stands at `place` in its machine. Stays on one file system.
 
-    `plain` is for FAT: names in upper case, and only type, size and content of files.
+    `plain` is for FAT: names in upper case, and only type, size and content of files. With more than one of
+    `workers`, that many processes are forked to share the work.
     """
     listed = list(_walk(root))
     groups: dict[int, str] = {}
@@ -49,16 +51,11 @@ def take_manifest(root: str, place: str = "/", *, plain: bool = False, workers: 
         if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
             path = _join(place, name)
             groups[status.st_ino] = min(groups.get(status.st_ino, path), path)
-
-    def describe(item: tuple[str, os.stat_result]) -> tuple[str, Entry]:
-        name, status = item
-        path = os.path.join(root, name) if name else root
-        if plain:
-            return _join(place, name.upper()), _describe_plain(path, status)
-        return _join(place, name), _describe(path, status, groups)
-
-    with ThreadPoolExecutor(workers) as pool:
-        return dict(sorted(pool.map(describe, listed, chunksize=64)))
+    describe = partial(_describe_item, root, place, plain, groups)
+    if workers == 1:
+        return dict(sorted(map(describe, listed)))
+    with get_context("fork").Pool(workers) as pool:
+        return dict(sorted(pool.imap_unordered(describe, listed, chunksize=256)))
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -136,11 +133,21 @@ def _join(place: str, name: str) -> str:
     return os.path.join(place, name) if name else place
 
 
+def _describe_item(
+    root: str, place: str, plain: bool, groups: Mapping[int, str], item: tuple[str, os.stat_result]
+) -> tuple[str, Entry]:
+    name, status = item
+    path = os.path.join(root, name) if name else root
+    if plain:
+        return _join(place, name.upper()), _describe_plain(path, status)
+    return _join(place, name), _describe(path, status, groups)
+
+
 def _describe_plain(path: str, status: os.stat_result) -> Entry:
     entry: Entry = {"type": _TYPES[stat.S_IFMT(status.st_mode)]}
     if stat.S_ISREG(status.st_mode):
         entry["size"] = status.st_size
-        entry["content"], _ = _read_file(path)
+        entry["content"], _ = _read_file(path, status.st_size)
     return entry
 
 
@@ -154,7 +161,7 @@ def _describe(path: str, status: os.stat_result, groups: Mapping[int, str]) -> E
     }
     if kind == stat.S_IFREG:
         entry["size"] = status.st_size
-        entry["content"], flags = _read_file(path)
+        entry["content"], flags = _read_file(path, status.st_size)
         if flags:
             entry["flags"] = flags
         if status.st_blocks * 512 < status.st_size:
@@ -172,12 +179,13 @@ def _describe(path: str, status: os.stat_result, groups: Mapping[int, str]) -> E
     return entry
 
 
-def _read_file(path: str) -> tuple[str, list[str]]:
+def _read_file(path: str, size: int) -> tuple[str, list[str]]:
     """Return the hash of a file's content and its inode flags (those that a person sets)."""
     digest = blake2b(digest_size=32)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        while piece := os.read(fd, _PIECE):
+        # Small files get small buffers: fresh memory is what an emulated machine is slowest at.
+        while piece := os.read(fd, min(size + 1, _PIECE)):
             digest.update(piece)
         try:
             (flags,) = struct.unpack("I", fcntl.ioctl(fd, _GETFLAGS, b"\0" * 8)[:4])
@@ -185,7 +193,7 @@ def _read_file(path: str) -> tuple[str, list[str]]:
             flags = 0
     finally:
         os.close(fd)
-    return digest.hexdigest(), [word for bit, word in _FLAGS.items() if flags & bit]
+    return digest.hexdigest(), [word for bit, word in _FLAGS.items() if flags & bit] if flags else []
 
 
 if __name__ == "__main__":

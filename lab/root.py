@@ -52,7 +52,6 @@ END
 _AT_THE_END = """
 chroot "$1" systemctl --quiet mask {masked}
 chroot "$1" usermod --password '{password}' root
-ln -sf /etc/machine-id "$1/var/lib/dbus/machine-id"
 rm -f "$1"/etc/ssh/ssh_host_* "$1"/var/log/*.log "$1"/var/log/apt/* "$1/etc/resolv.conf"
 """
 

@@ -47,7 +47,7 @@ def write_proof(proof: FileIO) -> tuple[str, int]:
         with tempfile.TemporaryDirectory(dir="/run") as folder:
             subprocess.run(["mount", "--bind", place, folder], check=True)
             try:
-                entries.update(take_manifest(folder, place, plain=kind == "vfat"))
+                entries.update(take_manifest(folder, place, plain=kind == "vfat", workers=os.cpu_count() or 1))
             finally:
                 subprocess.run(["umount", folder], check=True)
     text = encode_manifest(entries)
