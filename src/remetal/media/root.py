@@ -32,8 +32,9 @@ _RECIPE = 1
 EARLY_MODULES = ("loop", "squashfs", "overlay")
 """Kernel modules that the initramfs loads to reach the recovery system."""
 
-COMPRESSION = ("-comp", "zstd", "-Xcompression-level", "15", "-b", "256K")
-"""zstd, because under emulation xz would unpack at a tenth of its speed; past level 15 it only takes longer."""
+COMPRESSION = ("-comp", "zstd", "-Xcompression-level", "10", "-b", "256K")
+"""zstd, because under emulation xz would unpack at a tenth of its speed; past level 10, packing takes
+five times as long for an image that is 7 % smaller."""
 
 
 class BaseRoot(msgspec.Struct, frozen=True, kw_only=True):
