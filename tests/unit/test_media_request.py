@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,13 @@ def test_the_cache_is_where_the_environment_says(cache: Path, monkeypatch: pytes
 
 def test_packages_that_cannot_be_had_leave_nothing_behind(tmp_path: Path) -> None:
     said: list[Event] = []
+    old, recent = tmp_path / "media/old", tmp_path / "media/medium-of-another"
+    for folder in (old, recent):
+        folder.mkdir(parents=True)
+    (old / "root.squashfs").write_bytes(b"x")
+    os.utime(old, (0, 0))
     sources = AptSources("debian", "bookworm", (f"deb [trusted=yes] file://{tmp_path}/none bookworm main",))
     with pytest.raises(ProgramFailedError, match="mmdebstrap"):
         open_base(tmp_path, sources, ["linux-image-amd64"], fresh=False, report=said.append)
     assert said
-    assert [path.name for path in (tmp_path / "media").iterdir() if path.suffix != ".lock"] == []
+    assert [path.name for path in (tmp_path / "media").iterdir() if path.suffix != ".lock"] == [recent.name]

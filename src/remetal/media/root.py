@@ -29,6 +29,9 @@ from remetal.units import format_duration
 _RECIPE = 1
 """Counts up when the building below changes what comes out."""
 
+_KEPT = 3 * 24 * 3600
+"""Seconds that an unused recovery system stays in the cache."""
+
 EARLY_MODULES = ("loop", "squashfs", "overlay")
 """Kernel modules that the initramfs loads to reach the recovery system."""
 
@@ -66,8 +69,10 @@ def open_base(cache: Path, sources: AptSources, packages: Sequence[str], *, fres
     key = _recipe_key(sources, packages)
     place = cache / "media" / key
     with held_lock(cache / "media" / f"{key}.lock", what="the recovery system"):
+        _sweep(cache / "media", place)
         known = _find_built(place)
         if known is not None and not fresh:
+            os.utime(place)
             age = format_duration(max(0.0, time.time() - known.built))
             report(Note(f"using the recovery system built {age} ago; --fresh builds it anew from today's packages"))
             return known
@@ -79,6 +84,14 @@ def open_base(cache: Path, sources: AptSources, packages: Sequence[str], *, fres
             shutil.rmtree(place, ignore_errors=True)
             (Path(work) / "out").rename(place)
     return built
+
+
+def _sweep(folder: Path, wanted: Path) -> None:
+    """Remove recovery systems of former recipes and what killed builds left, once nobody used them for days."""
+    for old in folder.iterdir():
+        if old.is_dir() and old != wanted and time.time() - old.stat().st_mtime > _KEPT:
+            shutil.rmtree(old, ignore_errors=True)
+            old.with_name(f"{old.name}.lock").unlink(missing_ok=True)
 
 
 def _recipe_key(sources: AptSources, packages: Sequence[str]) -> str:
