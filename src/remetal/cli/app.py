@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from types import FrameType
 
 from cyclopts import App, CycloptsError
+from cyclopts.exceptions import UnknownCommandError, UnusedCliTokensError
 
 from remetal import __version__
 from remetal.cli.options import DEFAULTS
@@ -74,8 +77,7 @@ def run_command(argv: Sequence[str]) -> int:
         app = build_app(overview=not any(word in COMMANDS for word in argv))
         result = app(list(argv), exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        name = next((word for word in argv if word in COMMANDS), "")
-        usage = UsageError(str(error).strip().rstrip("."), hint=f"See `remetal {name}{' ' if name else ''}--help`.")
+        usage = _explain(error, next((word for word in argv if word in COMMANDS), ""))
         print_error(usage, as_json=as_json)
         return usage.exit_code
     except RemetalError as error:
@@ -86,7 +88,8 @@ def run_command(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print_error(RemetalError("interrupted; nothing that was acknowledged is lost"), as_json=as_json)
         return RemetalError.exit_code
-    except BrokenPipeError:
+    except BrokenPipeError:  # whoever read our output has what they wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
         return RemetalError.exit_code
     except Exception as error:
         if debug:
@@ -100,10 +103,37 @@ def run_command(argv: Sequence[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
+def _explain(error: CycloptsError, command: str) -> UsageError:
+    help_hint = f"See `remetal {command}{' ' if command else ''}--help`."
+    match error:
+        case UnknownCommandError(unused_tokens=[word, *_]):
+            return UsageError(f"there is no command '{word}'", hint=help_hint)
+        case UnusedCliTokensError(unused_tokens=[*words]):
+            return UsageError(f"there is too much on the command line: {' '.join(words)}", hint=help_hint)
+    return UsageError(str(error).strip().rstrip("."), hint=help_hint)
+
+
 def main() -> None:
-    """Run the program and exit with its code. A polite kill ends it like Ctrl-C does."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    """Run the program and exit with its code. A polite kill, or a lost connection, ends it like Ctrl-C does."""
+    _open_standard_streams()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, _interrupt)
     sys.exit(run_command(sys.argv[1:]))
+
+
+def _open_standard_streams() -> None:
+    """Make sure that the descriptors 0 to 2 are taken: what is meant for a closed one must not reach a disk."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

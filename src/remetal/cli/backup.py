@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from remetal.cli.options import Output, Repo
 from remetal.cli.output import print_result, reporting
+from remetal.cli.tables import escape
 from remetal.ids import short
 from remetal.units import format_bytes, format_duration, format_rate
 from remetal.workflows.backup import BackupRequest, back_up
@@ -59,7 +60,8 @@ def backup(
     print_result(
         output,
         record,
-        f"Snapshot {short(snapshot.id)} of {snapshot.machine}: {format_bytes(result.used)} captured in "
+        f"Snapshot {short(snapshot.id)} of {escape(snapshot.machine)}: {format_bytes(result.used)} captured in "
         f"{format_duration(result.seconds)} ({format_rate(result.used, result.seconds)}), "
         f"{format_bytes(result.stored)} newly stored.",
+        lost=f"The backup is complete: snapshot {snapshot.id}.",
     )

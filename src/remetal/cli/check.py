@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Annotated
 
 from cyclopts import Parameter
-from remetal.cli.tables import escape
 
 from remetal.cli.options import Credentials, Output, Repo, find_secret, need_secret
 from remetal.cli.output import print_result, reporting
+from remetal.cli.tables import escape
 from remetal.errors import DamagedError
 from remetal.units import format_bytes, format_duration
 from remetal.workflows.check import check_all

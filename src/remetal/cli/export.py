@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from remetal.cli.options import Credentials, Machine, Output, Repo, need_secret
 from remetal.cli.output import print_result, reporting
+from remetal.cli.tables import escape
 from remetal.units import format_bytes, format_duration
 from remetal.workflows.export import ExportRequest, export_disk
 
@@ -44,5 +45,6 @@ def export(
     print_result(
         output,
         record,
-        f"Wrote {output_file}: a disk of {format_bytes(result.size)} in {format_duration(result.seconds)}.",
+        f"Wrote {escape(str(output_file))}: "
+        f"a disk of {format_bytes(result.size)} in {format_duration(result.seconds)}.",
     )

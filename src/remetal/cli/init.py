@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from remetal.cli.key import write_kit
+from remetal.cli.key import new_kit_page
 from remetal.cli.options import Output, Repo, new_passphrase
 from remetal.cli.output import print_result
+from remetal.cli.tables import escape
 from remetal.repository import DEFAULT_CHUNK_SIZE, init_repository
 from remetal.storage import open_store
 from remetal.units import format_bytes, parse_bytes
@@ -54,13 +56,10 @@ def init(
     """
     size = parse_bytes(chunk_size)
     store = open_store(repo)
-    try:
+    with closing(store), new_kit_page(kit_page) as write_page:
         passphrase = new_passphrase(passphrase_file, what="the repository")
         repository, kit = init_repository(store, passphrase=passphrase, chunk_size=size)
-    finally:
-        store.close()
-    if kit_page is not None:
-        write_kit(kit_page, kit.page())
+        write_page(kit)
     result = {
         "repository": repository.config.id,
         "location": store.location,
@@ -71,7 +70,8 @@ def init(
     print_result(
         output,
         result,
-        f"Made repository {repository.config.id} at {store.location} (chunks of {format_bytes(size)}).\n",
-        kit.text(),
+        f"Made repository {repository.config.id} at {escape(store.location)} (chunks of {format_bytes(size)}).\n",
+        escape(kit.text()),
         "Print this recovery kit and keep it in a safe place. Then: `remetal backup`.",
+        lost="The repository is made. Print its recovery kit with `remetal key kit`.",
     )

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 from cyclopts import App, Parameter
-from remetal.cli.tables import escape
 
 from remetal.cli.options import DEFAULTS, Credentials, Output, Repo, need_secret, new_passphrase
 from remetal.cli.output import print_result
-from remetal.cli.tables import key_table
-from remetal.errors import UsageError
+from remetal.cli.tables import escape, key_table
+from remetal.errors import RemetalError, UsageError
 from remetal.ids import short
 from remetal.repository import (
     RecoveryKit,
@@ -66,8 +67,10 @@ def kit(
     output: Output = Output(),
 ) -> None:
     """Print the recovery kit again: the private key on paper. Whoever holds it can restore everything."""
-    with opened_repository(repo) as repository:
-        _print_kit(make_kit(repository, unlock(repository, need_secret(credentials))), kit_page, output)
+    with new_kit_page(kit_page) as write_page, opened_repository(repo) as repository:
+        made = make_kit(repository, unlock(repository, need_secret(credentials)))
+        write_page(made)
+    _print_kit(made, output)
 
 
 @app.command(name="add-passphrase")
@@ -125,10 +128,11 @@ def recipient(
 
     It opens what machines back up after they have accepted it: run `remetal key accept` on each of them.
     """
-    with opened_repository(repo) as repository:
+    with new_kit_page(kit_page) as write_page, opened_repository(repo) as repository:
         key = unlock(repository, need_secret(credentials))
         made = add_recipient(repository, key, new_passphrase(new_passphrase_file, what="the new recipient"))
-    _print_kit(made, kit_page, output)
+        write_page(made)
+    _print_kit(made, output)
 
 
 @app.command
@@ -149,20 +153,54 @@ def accept(*, repo: Repo, output: Output = Output()) -> None:
     print_result(output, accepted, *lines)
 
 
-def write_kit(path: Path, page: str) -> None:
-    """Write the kit's page for the owner's eyes only, to a new file. Raises UsageError."""
+@contextmanager
+def new_kit_page(path: Path | None) -> Iterator[Callable[[RecoveryKit], None]]:
+    """Make the file for the kit's page before anything else happens, and yield what writes the page into it.
+
+    The file is for the owner's eyes only, and goes away again if the block fails. Raises UsageError if it exists
+    or cannot be made.
+    """
+    if path is None:
+        yield lambda made: None
+        return
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise UsageError(f"cannot write the recovery kit to {path}: {os.strerror(error.errno or 0)}") from error
-    with os.fdopen(fd, "w") as file:
-        file.write(page)
+        raise UsageError(
+            f"cannot write the recovery kit to {path}: {os.strerror(error.errno or 0)}",
+            hint="Name a new file in a folder that is there.",
+        ) from error
+    written = False
+
+    def write(made: RecoveryKit) -> None:
+        nonlocal written
+        try:
+            with os.fdopen(os.dup(fd), "w", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(made.page())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise RemetalError(
+                f"the recovery kit could not be written to {path}: {os.strerror(error.errno or 0)}",
+                hint="All else is done. Print the kit with `remetal key kit`.",
+            ) from error
+        written = True
+
+    try:
+        yield write
+    finally:
+        os.close(fd)
+        if not written:
+            path.unlink(missing_ok=True)
 
 
-def _print_kit(made: RecoveryKit, page: Path | None, output: Output) -> None:
-    if page is not None:
-        write_kit(page, made.page())
-    print_result(output, {"recipient": made.recipient_id, "kit": made.text()}, escape(made.text()))
+def _print_kit(made: RecoveryKit, output: Output) -> None:
+    print_result(
+        output,
+        {"recipient": made.recipient_id, "kit": made.text()},
+        escape(made.text()),
+        lost="Print the kit again: remetal key kit",
+    )
 
 
 def _passphrase(credentials: Credentials) -> str:

@@ -10,6 +10,7 @@ from cyclopts import App, Parameter
 
 from remetal.cli.options import DEFAULTS, Output
 from remetal.cli.output import print_result, reporting
+from remetal.cli.tables import escape
 from remetal.media.build import MediumRequest, build_medium
 from remetal.units import format_bytes, format_duration
 
@@ -61,6 +62,6 @@ def build(
     print_result(
         output,
         msgspec.to_builtins(medium, enc_hook=str),
-        f"Wrote {medium.path} ({format_bytes(medium.size)}, {medium.suite}, kernel {medium.kernel}) "
+        f"Wrote {escape(str(medium.path))} ({format_bytes(medium.size)}, {medium.suite}, kernel {medium.kernel}) "
         f"in {format_duration(medium.seconds)}",
     )

@@ -17,6 +17,9 @@ from remetal.workflows.access import Secret
 DEFAULTS = Parameter(show_default=False)
 """How parameters are shown that say nothing else: defaults stand in their help where they matter."""
 
+_LONGEST_SECRET = 1 << 20
+"""Size in bytes above which nothing can be a passphrase or a recovery kit."""
+
 GENERAL = Group("General options", sort_key=90)
 
 Repo = Annotated[
@@ -76,15 +79,22 @@ class Credentials:
 
 
 def find_secret(credentials: Credentials) -> Secret | None:
-    """Return the secret that the options name, or None if they name none."""
-    if credentials.passphrase_file is not None and credentials.kit_file is not None:
-        raise UsageError("--passphrase-file and --kit-file exclude each other")
+    """Return the secret that the options name, or None if they name none.
+
+    A kit goes before the passphrase file that the environment names: who types --kit-file has no good passphrase.
+    """
     if credentials.kit_file is not None:
+        default = os.environ.get("REMETAL_PASSPHRASE_FILE")
+        if credentials.passphrase_file is not None and (not default or Path(default) != credentials.passphrase_file):
+            raise UsageError("--passphrase-file and --kit-file exclude each other", hint="Give one of them.")
         return Secret(kit=_read_text(credentials.kit_file))
     if credentials.passphrase_file is not None:
         lines = _read_text(credentials.passphrase_file).splitlines()
         if not lines or not lines[0]:
-            raise UsageError(f"the first line of {credentials.passphrase_file} is empty; it should be the passphrase")
+            raise UsageError(
+                f"the first line of {credentials.passphrase_file} is empty",
+                hint="Write the passphrase into the file's first line, or leave the option away to be asked for it.",
+            )
         return Secret(passphrase=lines[0])
     return None
 
@@ -125,8 +135,17 @@ def new_passphrase(file: Path | None, *, what: str) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text()
+        with path.open("rb") as file:
+            data = file.read(_LONGEST_SECRET + 1)
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {os.strerror(error.errno or 0)}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not a text file") from error
+        raise UsageError(
+            f"cannot read {path}: {os.strerror(error.errno or 0)}", hint="Check the file's name, owner and mode."
+        ) from error
+    try:
+        if len(data) <= _LONGEST_SECRET:
+            return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        pass
+    raise UsageError(
+        f"{path} is not a text file with a passphrase or a recovery kit", hint="It should be short, and in UTF-8."
+    )

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -24,31 +24,96 @@ if TYPE_CHECKING:
     from remetal.cli.options import Output
 
 
+_LONGEST = 4000
+"""How many characters of one message are shown: whoever typed more than that knows what it was."""
+
+
+def clean(text: str) -> str:
+    """Return text so that a terminal shows it and obeys nothing in it: what is not printable becomes `\\x…`."""
+    return "".join(each if each.isprintable() or each == "\n" else _visible(ord(each)) for each in text)
+
+
+def _visible(code: int) -> str:
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name that is not UTF-8 (PEP 383)
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
 def print_error(error: RemetalError, *, as_json: bool) -> None:
-    """Print what happened and what to do next; as JSON also on standard output, for the calling program."""
-    sys.stdout.flush()
-    print(f"remetal: {error.message}.", file=sys.stderr)  # noqa: T201
-    if error.hint:
-        print(f"         {error.hint}", file=sys.stderr)  # noqa: T201
+    """Print what happened and what to do next; as JSON also on standard output, for the calling program.
+
+    What cannot be printed is not: the exit code remains.
+    """
+    with suppress(OSError):
+        sys.stdout.flush()
+    with suppress(OSError):
+        print(f"remetal: {_shortened(clean(error.message))}.", file=sys.stderr)  # noqa: T201
+        if error.hint:
+            print(f"         {_shortened(clean(error.hint))}", file=sys.stderr)  # noqa: T201
     if as_json:
-        record = {"error": {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}}
-        print_json(record)
+        with suppress(OSError):
+            print_json({"error": {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}})
+            sys.stdout.flush()
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} [...] {text[-_LONGEST // 2 :]}"
 
 
 def print_json(value: object) -> None:
-    """Print a value as indented JSON."""
-    text = msgspec.json.format(msgspec.json.encode(value), indent=2)
-    sys.stdout.write(text.decode() + "\n")
+    """Print a value as indented JSON. Bytes of names that are not UTF-8 are shown as `\\xff`."""
+    try:
+        text = msgspec.json.encode(value)
+    except UnicodeEncodeError:
+        text = msgspec.json.encode(_encodable(msgspec.to_builtins(value)))
+    sys.stdout.write(msgspec.json.format(text, indent=2).decode() + "\n")
 
 
-def print_result(output: Output, value: object, *renderables: RenderableType) -> None:
-    """Print a command's result: `value` as JSON if asked for, else what people read."""
-    if output.json:
-        print_json(value)
-        return
-    console = result_console()
-    for each in renderables:
-        console.print(each)
+def _encodable(value: object) -> object:
+    match value:
+        case str():
+            return value.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        case dict():
+            return {_encodable(key): _encodable(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_encodable(each) for each in value]
+    return value
+
+
+def print_result(
+    output: Output,
+    value: object,
+    *renderables: RenderableType,
+    lost: str = "What the command had to do is done; only its report is lost.",
+) -> None:
+    """Print a command's result: `value` as JSON if asked for, else what people read.
+
+    Raises RemetalError with the hint `lost` if standard output does not take it.
+    """
+    with delivered(lost):
+        if output.json:
+            print_json(value)
+            return
+        console = result_console()
+        for each in renderables:
+            console.print(each)
+
+
+@contextmanager
+def delivered(lost: str) -> Iterator[None]:
+    """Make sure that what the block prints has left the program. Raises RemetalError with the hint `lost`.
+
+    A reader that has gone away (`| head`) is no error of ours: BrokenPipeError.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise RemetalError(
+            f"standard output does not take the result: {os.strerror(error.errno or 0)}", hint=lost
+        ) from error
 
 
 def result_console() -> Console:
@@ -74,6 +139,7 @@ def reporting(output: Output) -> Iterator[Report]:
 @contextmanager
 def _bars() -> Iterator[Report]:
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bars
 
@@ -91,14 +157,14 @@ def _bars() -> Iterator[Report]:
         def show(event: Event) -> None:
             match event:
                 case Step(title):
-                    console.print(f"[bold]==>[/bold] {title}")
+                    console.print(f"[bold]==>[/bold] {escape(clean(title))}")
                 case Note(text):
-                    console.print(f"    {text}")
+                    console.print(f"    {escape(clean(text))}")
                 case Warn(text, hint):
-                    console.print(f"[yellow]warning:[/yellow] {text}. {hint}")
+                    console.print(f"[yellow]warning:[/yellow] {escape(clean(_sentences(text, hint)))}")
                 case Progress(part, done, total):
                     if part not in tasks:
-                        tasks[part] = bars.add_task(part, total=total)
+                        tasks[part] = bars.add_task(escape(clean(part)), total=total)
                     bars.update(tasks[part], completed=done, total=total)
                     if done >= total:
                         bars.remove_task(tasks.pop(part))
@@ -122,7 +188,7 @@ class _Lines:
             case Note(text):
                 self._say(f"    {text}")
             case Warn(text, hint):
-                self._say(f"warning: {text}. {hint}".rstrip())
+                self._say(f"warning: {_sentences(text, hint)}")
             case Progress(part, done, total):
                 self._progress(part, done, total)
 
@@ -142,4 +208,9 @@ class _Lines:
 
     @staticmethod
     def _say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)  # noqa: T201
+        with suppress(OSError):  # a full log, or a reader that is gone, must not stop a backup or a restore
+            print(clean(line), file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _sentences(text: str, hint: str) -> str:
+    return f"{text}. {hint}".rstrip()

@@ -9,7 +9,7 @@ import msgspec
 from cyclopts import Parameter
 
 from remetal.cli.options import Credentials, Machine, Output, Repo, find_secret, need_secret
-from remetal.cli.output import print_result, reporting, result_console
+from remetal.cli.output import delivered, print_result, reporting, result_console
 from remetal.cli.tables import plan_record, plan_view, restore_lines
 from remetal.errors import RefusedError
 from remetal.ids import short
@@ -93,11 +93,17 @@ def restore(
     secret = need_secret(credentials)
     with reporting(output) as report, prepared_restore(request, secret, report) as prepared:
         if not output.json and not output.quiet:
-            for each in plan_view(prepared):
-                result_console().print(each)
+            with delivered("Nothing was touched. Show the plan where it can be read, or restore with --quiet."):
+                for each in plan_view(prepared):
+                    result_console().print(each)
         _check_confirmed(prepared.plan, confirm, yes)
         result = apply_restore(prepared, verify=verify, adapt=adapt, report=report)
-    print_result(output, msgspec.to_builtins(result) | {"written": result.written}, restore_lines(result))
+    print_result(
+        output,
+        msgspec.to_builtins(result) | {"written": result.written},
+        restore_lines(result),
+        lost="The restore is complete.",
+    )
 
 
 def _check_confirmed(plan: Plan, confirm: str | None, yes: bool) -> None:

@@ -9,6 +9,7 @@ from rich import markup
 from rich.console import RenderableType
 from rich.table import Table
 
+from remetal.cli.output import clean
 from remetal.ids import short
 from remetal.layout.model import FileSystem, GptTable, Inventory, Layout, MbrTable, Raw, SpaceId, Swap
 from remetal.repository import ImageRecord, KeyInfo, Snapshot
@@ -18,8 +19,7 @@ from remetal.workflows.restore import Prepared, RestoreReport
 
 def escape(text: str) -> str:
     """Return text from a disk or a repository so that a terminal shows it and obeys nothing in it."""
-    shown = "".join(each if each.isprintable() or each == "\n" else f"\\x{ord(each):02x}" for each in text)
-    return markup.escape(shown)
+    return markup.escape(clean(text))
 
 
 def _table(*columns: str, title: str | None = None) -> Table:

@@ -57,7 +57,7 @@ class RecoveryKit:
                 "Whoever has these five lines and the repository can restore every machine in it.",
                 "Without them and without the passphrase nobody can. Keep this paper in a safe place,",
                 "away from the machines it is for.",
-                "To use it, type the five lines into a file and give that to remetal as --kit FILE.",
+                "To use it, type the five lines into a file and give that to remetal as --kit-file FILE.",
                 "",
             ]
         )
@@ -166,7 +166,7 @@ without the passphrase nobody can. Keep this sheet in a safe place, away from th
 <li>Choose the recovery kit as the key. Scan the code, or type the five lines as they stand: the spaces and
 the case of letters do not matter, and each line is checked for itself.</li>
 <li>On a running system: write the five lines to a file and run
-<code>remetal restore latest --repo LOCATION --kit FILE</code>.</li>
+<code>remetal restore latest --repo LOCATION --kit-file FILE</code>.</li>
 </ol>
 </body>
 </html>

@@ -140,7 +140,7 @@ def unlock(store: Store, repository_id: str, passphrase: str) -> tuple[Recipient
         raise problems[0]
     if not slots:
         raise RefusedError(
-            "the repository has no passphrase", hint="Unlock it with the recovery kit (--kit FILE) instead."
+            "the repository has no passphrase", hint="Unlock it with the recovery kit (--kit-file FILE) instead."
         )
     raise RefusedError(
         "the passphrase opens nothing in this repository",
