@@ -7,9 +7,9 @@ from pathlib import Path
 
 from remetal.errors import RefusedError
 from remetal.layout.identity import SYS
-from remetal.layout.model import GptTable, Layout, MbrTable, SpaceId, Swap
+from remetal.layout.model import Disk, GptTable, Layout, MbrTable, SpaceId, Swap
 from remetal.layout.uses import Use, describe_use, disks_of_number, numbers_of_mount, probe_swaps
-from remetal.system.blockdev import is_block_device
+from remetal.system.blockdev import is_block_device, open_disk
 from remetal.system.mounts import probe_mounts
 
 _NO_DISKS = ("loop", "ram", "zram", "sr", "fd", "dm-", "md", "nbd", "mtdblock")
@@ -47,11 +47,13 @@ def find_system_disks() -> list[Path]:
 
 
 def check_capturable(layout: Layout, paths: Mapping[str, Path]) -> None:
-    """Raise RefusedError if anything writes to the disks of a layout while they would be read.
+    """Raise RefusedError if anything writes to the disks of a layout while they would be read, or one would lose bytes.
 
     `paths` are the disks by name. Volumes that are mounted read-only or not at all, and active swap space, which
-    is not copied, do no harm.
+    is not copied, do no harm. Neither do zeros behind the last whole sector of a disk file.
     """
+    for disk in layout.disks:
+        _check_end(disk, paths[disk.name])
     found = []
     for disk in layout.disks:
         for use in describe_use(paths[disk.name]):
@@ -64,6 +66,20 @@ def check_capturable(layout: Layout, paths: Mapping[str, Path]) -> None:
             f"what is written to while it is read cannot be captured whole: {'; '.join(dict.fromkeys(found))}",
             hint="Boot the recovery medium and back up from there, unmount it or remount it read-only "
             "(mount -o remount,ro PLACE), or back up a snapshot of it.",
+        )
+
+
+def _check_end(disk: Disk, path: Path) -> None:
+    """Raise RefusedError if a disk file has data behind its last whole sector, which no disk could hold."""
+    if is_block_device(path):
+        return
+    with open_disk(path) as io:
+        rest = io.size() - disk.size
+        lost = 0 < rest < disk.logical_sector and any(io.read(disk.size, rest))
+    if lost:
+        raise RefusedError(
+            f"{path} does not end with a whole sector: its last {rest} bytes would be lost",
+            hint=f"Was it cut off? If not, fill it up with zeros: truncate --size=%{disk.logical_sector} FILE",
         )
 
 

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import combinations
 from pathlib import Path
 
 import msgspec.structs
@@ -29,6 +30,7 @@ from remetal.layout.model import (
     is_container,
 )
 from remetal.layout.signatures import Signature, probe_signature
+from remetal.layout.uses import is_same_disk
 from remetal.ondisk.regions import BadStructureError, Read
 from remetal.system.blockdev import DiskIO, Span, flush_cache, is_block_device, open_disk
 
@@ -63,8 +65,11 @@ def name_disks(paths: Sequence[Path], names: Mapping[Path, str]) -> dict[Path, s
 
     Raises RefusedError if a disk is named twice.
     """
-    if len({path.resolve() for path in paths}) != len(paths):
-        raise RefusedError("a disk is named twice", hint="Name every disk once.")
+    for first, second in combinations(paths, 2):
+        if is_same_disk(first, second):
+            raise RefusedError(
+                f"a disk is named twice: {first} and {second} are the same", hint="Name every disk once."
+            )
     found: dict[Path, str] = {}
     for path in paths:
         known = (path.resolve() if is_block_device(path) else path).name
@@ -94,6 +99,14 @@ def _probe_layers(io: DiskIO, disk: Disk, report: Report) -> tuple[Disk, list[La
             )
         )
         return disk, [Raw(on=disk.name, size=disk.size, type=signature.table)]
+    if found is not None and not found[1].partitions and _is_boot_sector(io.read(0, 512)):
+        report(
+            Warn(
+                f"{disk.name} is captured whole: its first sector is that of a file system, which is damaged",
+                hint="Check it with its own tools.",
+            )
+        )
+        return disk, [Raw(on=disk.name, size=disk.size)]
     if found is not None:
         disk, table, problems = found
         if table.partitions or not signature.type:
@@ -103,6 +116,11 @@ def _probe_layers(io: DiskIO, disk: Disk, report: Report) -> tuple[Disk, list[La
     if not signature.type and not signature.ambiguous and _has_no_data(io):
         return disk, []
     return disk, [_probe_content(io, whole, disk.name, signature, report)]
+
+
+def _is_boot_sector(sector: bytes) -> bool:
+    """Whether a sector without partitions begins as those of FAT, NTFS and exFAT do: a jump over their parameters."""
+    return sector[0] == 0xE9 or (sector[0] == 0xEB and sector[2] == 0x90)
 
 
 def _probe_table(io: DiskIO, disk: Disk) -> tuple[Disk, Table, tuple[str, ...]] | None:

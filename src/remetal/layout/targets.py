@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from remetal.errors import RefusedError, RemetalError
@@ -25,7 +26,21 @@ def probe_target(path: Path, *, size_if_missing: int) -> Target:
 
     Raises RefusedError if `path` can be neither: a folder, a partition, a missing device, a missing folder.
     """
+    try:
+        return _probe_place(path, size_if_missing)
+    except OSError as error:  # no right to look, a loop of links, too long a name
+        raise RefusedError(
+            f"cannot look at the target {path}: {os.strerror(error.errno or 0)}",
+            hint="remetal needs to run as root." if os.geteuid() else "Name a disk or a disk file.",
+        ) from error
+
+
+def _probe_place(path: Path, size_if_missing: int) -> Target:
     place = path.resolve()
+    if not _is_text(str(place)):
+        raise RefusedError(
+            f"the name of the target {path} is not UTF-8, so no plan can hold it", hint="Give the file another name."
+        )
     if is_block_device(place):
         return _probe_device(place)
     if place.exists() and not place.is_file():
@@ -46,9 +61,25 @@ def probe_target(path: Path, *, size_if_missing: int) -> Target:
         is_file=True,
         exists=exists,
         content=_describe_content(place) if size else "",
-        uses=tuple(map(str, describe_use(place))),
+        uses=(*map(str, describe_use(place)), *_find_bars(place)),
         room=room,
     )
+
+
+def _find_bars(place: Path) -> Iterator[str]:
+    """Yield why a disk file cannot be written, or made, at all: rights, a read-only file system, attributes."""
+    if place.exists():
+        if not os.access(place, os.R_OK | os.W_OK):
+            yield "it may not be read and written (owner and mode, read-only file system, chattr +i)"
+    elif not os.access(place.parent, os.W_OK | os.X_OK):
+        yield f"no file may be made in {place.parent} (owner and mode, or a read-only file system)"
+
+
+def _is_text(name: str) -> bool:
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _probe_device(place: Path) -> Target:

@@ -67,6 +67,19 @@ def describe_use(path: Path) -> list[Use]:
     return uses
 
 
+def is_same_disk(first: Path, second: Path) -> bool:
+    """Whether writing to one writes to the other: two names of one file or device, or a loop device and its file."""
+    try:
+        one, other = first.stat(), second.stat()
+    except OSError:
+        return first.resolve() == second.resolve()
+    if (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino):
+        return True
+    below = _find_nodes(first) if stat.S_ISBLK(other.st_mode) else {}
+    above = _find_nodes(second) if stat.S_ISBLK(one.st_mode) else {}
+    return _number(other.st_rdev) in below or _number(one.st_rdev) in above
+
+
 def disks_of_number(number: Number) -> set[str]:
     """Return the kernel names of the disks under a block device: through partitions, mappings, arrays, loops."""
     place = SYS / "dev" / "block" / f"{number[0]}:{number[1]}"

@@ -10,7 +10,7 @@ from remetal.errors import UsageError
 from remetal.storage.local import LocalStore
 from remetal.storage.store import AlreadyExistsError, Entry, NotFoundError, Pieces, Store
 
-__all__ = ["AlreadyExistsError", "Entry", "LocalStore", "NotFoundError", "Pieces", "Store", "open_store"]
+__all__ = ["AlreadyExistsError", "Entry", "LocalStore", "NotFoundError", "Pieces", "Store", "find_folder", "open_store"]
 
 
 def _open_file(location: str) -> Store:
@@ -33,6 +33,11 @@ def open_store(location: str) -> Store:
         raise UsageError("no repository given", hint="Use --repo LOCATION, or set REMETAL_REPO.")
     scheme, separator, _ = location.partition("://")
     if not separator:
+        if location.startswith(("~", "file:")):
+            raise UsageError(
+                f"'{location}' is not a folder of this machine",
+                hint="Write the whole path, such as /home/me/backup: only the shell knows `~`, and not in every place.",
+            )
         return LocalStore(Path(location), location)
     if scheme not in KINDS:
         known = ", ".join(f"{each}://" for each in sorted(KINDS))
@@ -40,3 +45,9 @@ def open_store(location: str) -> Store:
             f"no kind of repository is called '{scheme}://'", hint=f"Give a folder's path, or one of: {known}"
         )
     return KINDS[scheme](location)
+
+
+def find_folder(location: str) -> Path | None:
+    """Return the folder of this machine that a location means, with links followed; None if it means none."""
+    store = open_store(location)
+    return store.root.resolve() if isinstance(store, LocalStore) else None

@@ -212,6 +212,10 @@ class LocalStore:
             return "The file system is mounted read-only: remount it read-write, or look at `dmesg` for why it is."
         if number in {errno.EACCES, errno.EPERM}:
             return "remetal may not write or read there: run it as root, or mend the folder's owner and mode."
+        if number == errno.ENOENT:
+            return "The folder, or a link on the way to it, leads to nothing: is the disk mounted?"
+        if number == errno.ENAMETOOLONG:
+            return "The path is too long: choose a folder with a shorter one."
         if number in {errno.ENOTDIR, errno.ELOOP}:
             return f"Something that is not a folder stands where {self.root} or a folder below it should be."
         return "Look at `dmesg` and at the disk or network that the folder lies on, then run the command again."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,15 +12,30 @@ from remetal.errors import RefusedError
 from remetal.system.blockdev import Span, is_block_device, probe_geometry
 from remetal.system.run import run
 
+_SYS_ADMIN = 21
+"""The number of CAP_SYS_ADMIN (capabilities(7), <linux/capability.h>)."""
+
+
+def need_loops() -> None:
+    """Raise RefusedError unless this process may attach loop devices and mount."""
+    found = re.search(r"^CapEff:\s+([0-9a-f]+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if found is None or not int(found[1], 16) >> _SYS_ADMIN & 1:
+        raise RefusedError(
+            "looking into file systems needs the rights of root, which remetal does not have here",
+            hint="Run the same command with sudo; in a container, one that is allowed to mount.",
+        )
+
 
 @contextmanager
 def attach_loop(span: Span, *, writable: bool = False) -> Iterator[Path]:
     """Attach a loop device to a span and yield the device's path; detached when the block is left.
 
+    The kernel itself detaches it when nobody has it open any more, so that none is left behind if we are killed.
     Works for spans of regular files and of block devices, and needs no partition scanning. The device is
     read-only unless `writable`. Needs root. Raises RefusedError if the span is empty or leaves its disk: the kernel
     would quietly attach something else.
     """
+    need_loops()
     disk = probe_geometry(span.path).size
     if span.start < 0 or span.size <= 0 or span.start + span.size > disk:
         raise RefusedError(
@@ -27,12 +43,14 @@ def attach_loop(span: Span, *, writable: bool = False) -> Iterator[Path]:
         )
     argv = ["losetup", "--find", "--show", "--offset", str(span.start), "--sizelimit", str(span.size)]
     device = Path(run([*argv, *([] if writable else ["--read-only"]), span.path]).text.strip())
+    fd = os.open(device, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
     try:
+        run(["losetup", "--detach", device])  # takes effect at the last close (loop(4), LO_FLAGS_AUTOCLEAR)
         yield device
-    finally:
         if writable:
-            _sync(device)
-        run(["losetup", "--detach", device])
+            os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 @contextmanager
@@ -44,14 +62,6 @@ def open_device(span: Span, *, writable: bool = False) -> Iterator[Path]:
         return
     with attach_loop(span, writable=writable) as device:
         yield device
-
-
-def _sync(device: Path) -> None:
-    fd = os.open(device, os.O_RDWR)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def probe_written(device: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ def export_disk(request: ExportRequest, secret: Secret, report: Report = silent)
     image_format = FORMATS.get(request.output.suffix)
     if image_format is None:
         raise UsageError(f"{request.output} does not end in a known format", hint=f"Use one of {', '.join(FORMATS)}.")
-    if request.output.exists():
+    if os.path.lexists(request.output):
         raise RefusedError(f"{request.output} exists already", hint="Remove it, or choose another name.")
     if image_format != "raw":
         need_programs("qemu-img")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 
 import msgspec.structs
@@ -22,12 +23,14 @@ from remetal.layout.apply import apply_step, need_step_programs
 from remetal.layout.disks import find_disks
 from remetal.layout.inventory import probe_inventory
 from remetal.layout.matching import match_targets
-from remetal.layout.model import Layout, SpaceId, decode_layout
+from remetal.layout.model import FileSystem, Layout, SpaceId, Swap, decode_layout
 from remetal.layout.plan import ImageFacts, Plan, PlanOptions, Target, WriteImage, plan_restore
 from remetal.layout.targets import probe_target
-from remetal.layout.uses import describe_use
+from remetal.layout.uses import describe_use, is_same_disk
 from remetal.repository import RecipientKey, Repository, Snapshot, open_reader
+from remetal.storage import find_folder
 from remetal.system.blockdev import Span, is_block_device
+from remetal.system.loop import need_loops
 from remetal.system.mounts import find_mount_of
 from remetal.workflows.access import (
     Secret,
@@ -136,6 +139,8 @@ def apply_restore(
     """
     if prepared.key is None:
         raise RefusedError("a restore needs the repository's passphrase or its recovery kit")
+    if any(isinstance(volume, FileSystem | Swap) for volume in prepared.layout.volumes()):
+        need_loops()
     began = time.monotonic()
     result = RestoreReport(plan=prepared.plan.id, snapshot=prepared.snapshot.id)
     try:
@@ -158,6 +163,11 @@ def apply_restore(
         raise UnfinishedError(error.message, hint=_go_on(error.hint)) from error
     except KeyboardInterrupt as error:
         raise UnfinishedError("the restore was interrupted", hint=_go_on("")) from error
+    except Exception as error:
+        raise UnfinishedError(
+            f"an error in remetal itself: {type(error).__name__}: {error}",
+            hint=_go_on("If it comes again, report what --debug prints."),
+        ) from error
     result.seconds = time.monotonic() - began
     return result
 
@@ -206,6 +216,12 @@ def _find_targets(layout: Layout, mapping: dict[str, Path], repository: str) -> 
         name: _with_roles(probe_target(path, size_if_missing=layout.disk(name).size), repository)
         for name, path in mapping.items()
     }
+    for (one, first), (other, second) in combinations(mapping.items(), 2):
+        if is_same_disk(first, second):
+            raise RefusedError(
+                f"{one} and {other} would both go to one disk: {first} and {second} are the same",
+                hint="Map each to its own disk.",
+            )
     rest = [disk for disk in layout.disks if disk.name not in mapping]
     if rest:
         taken = {target.path for target in targets.values()}
@@ -220,7 +236,9 @@ def _find_targets(layout: Layout, mapping: dict[str, Path], repository: str) -> 
 
 def _with_roles(target: Target, repository: str) -> Target:
     """Mark a target that holds the repository, so that the plan refuses it."""
-    place = Path(repository.removeprefix("file://")).resolve()
+    place = find_folder(repository)
+    if place is None:
+        return target
     path = Path(target.path).resolve()
     mount = str(find_mount_of(place).target)
     holds = path.is_relative_to(place) or any(
