@@ -7,7 +7,7 @@ from remetal.repository.check import CheckResult, check_repository, rebuild_inde
 from remetal.repository.config import DEFAULT_CHUNK_SIZE, FORMAT, Config
 from remetal.repository.encoder import Statistics
 from remetal.repository.kit import RecoveryKit
-from remetal.repository.machines import MachineKeys, check_machine_name, state_folder
+from remetal.repository.machines import MachineKeys, check_machine_name, check_state, state_folder
 from remetal.repository.maps import ZERO_ID, Run
 from remetal.repository.reader import Reader, open_reader
 from remetal.repository.recipients import RecipientKey, RecipientRecord
@@ -59,6 +59,7 @@ __all__ = [
     "change_passphrase",
     "check_machine_name",
     "check_repository",
+    "check_state",
     "enroll_machine",
     "init_repository",
     "list_keys",

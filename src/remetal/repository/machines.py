@@ -7,6 +7,7 @@ the signed record by a commitment. None of this opens a pack. Specification: doc
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -272,12 +273,34 @@ def load_keys(state: Path, repository_id: str) -> MachineKeys | None:
         _check_secrets(str(path), stored, repository_id)
     except FileNotFoundError:
         return None
-    except (OSError, DamagedError) as error:
+    except OSError as error:
+        raise RefusedError(
+            f"this machine's keys in {path} cannot be read: {os.strerror(error.errno or 0)}",
+            hint="Run as root, or name the folder that holds the keys with REMETAL_STATE.",
+        ) from error
+    except DamagedError as error:
         raise RefusedError(
             f"this machine's keys in {path} cannot be used: {error}",
             hint="Bring the file back from a copy, or move it away: the next backup enrolls this machine anew.",
         ) from error
     return MachineKeys(stored, path)
+
+
+def check_state(state: Path) -> None:
+    """Raise RefusedError unless keys can be saved in the state folder, which is made."""
+    try:
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.access(state, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _unwritable(state, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> RefusedError:
+    return RefusedError(
+        f"this machine's keys cannot be written to {path}: {os.strerror(error.errno or 0)}",
+        hint="Make the folder writable for root, or choose another with REMETAL_STATE.",
+    )
 
 
 def save_keys(state: Path, keys: MachineKeys) -> None:
@@ -319,10 +342,7 @@ def _write_private(path: Path, data: bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        raise RefusedError(
-            f"this machine's keys cannot be written to {path}: {os.strerror(error.errno or 0)}",
-            hint="Make the folder writable for root, or choose another with REMETAL_STATE.",
-        ) from error
+        raise _unwritable(path, error) from error
 
 
 def _secrets_info(repository_id: str, machine: str, recipient: str) -> bytes:

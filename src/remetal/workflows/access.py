@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from remetal.errors import RefusedError, UsageError
-from remetal.ids import match_prefix
+from remetal.ids import SHORT, match_prefix, short
 from remetal.repository import (
     Catalog,
     MachineKeys,
@@ -96,23 +96,35 @@ def select_snapshot(snapshots: Sequence[Snapshot], wanted: str, machine: str | N
 
     Raises UsageError if none or several fit.
     """
-    candidates = [each for each in snapshots if machine is None or machine in {each.machine, each.machine_id}]
+    candidates = [each for each in snapshots if machine is None or _is_of(each, machine)]
     if not candidates:
         known = ", ".join(sorted({each.machine for each in snapshots}))
         raise UsageError(
-            f"there is no snapshot of machine '{machine}'" if machine else "the repository has no snapshot yet",
+            f"there is no snapshot of machine '{machine}'"
+            if machine is not None
+            else "the repository has no snapshot yet",
             hint=f"It has snapshots of: {known}." if known else "Make one with `remetal backup`.",
         )
     if wanted != "latest":
         chosen = match_prefix(wanted, (each.id for each in candidates), what="snapshot")
         return next(each for each in candidates if each.id == chosen)
-    machines = sorted({each.machine_id: each.machine for each in candidates}.values())
-    if len({each.machine_id for each in candidates}) > 1:
+    names = {each.machine_id: each.machine for each in candidates}
+    if len(names) > 1:
+        machines = ", ".join(f"{name} ({short(identity)})" for identity, name in sorted(names.items()))
+        one_name = len(set(names.values())) == 1
         raise UsageError(
-            f"'latest' is ambiguous, because the repository holds several machines: {', '.join(machines)}",
-            hint="Add --machine NAME, or give a snapshot's id.",
+            f"'latest' is ambiguous, because there are several machines: {machines}",
+            hint="They share a name, as after a loss of the machine's keys: add --machine with an id in brackets, "
+            "or give a snapshot's id (`remetal snapshots`)."
+            if one_name
+            else "Add --machine NAME, or give a snapshot's id.",
         )
     return candidates[-1]
+
+
+def _is_of(snapshot: Snapshot, machine: str) -> bool:
+    """Whether a snapshot is of the machine with this name, or with an id that starts so (12 digits at least)."""
+    return machine == snapshot.machine or (len(machine) >= SHORT and snapshot.machine_id.startswith(machine.lower()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +149,7 @@ def find_snapshot(location: str, secret: Secret | None, wanted: str, machine: st
 def _read_records(repository: Repository, secret: Secret | None, machine: str | None) -> Listing:
     catalogs = open_records(repository, unlock(repository, secret) if secret is not None else None)
     snapshots = [
-        each
-        for catalog in catalogs
-        for each in catalog.snapshots()
-        if machine is None or machine in {each.machine, each.machine_id}
+        each for catalog in catalogs for each in catalog.snapshots() if machine is None or _is_of(each, machine)
     ]
     snapshots.sort(key=lambda each: (each.time, each.sequence))
     problems = [problem for catalog in catalogs for problem in catalog.problems]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import msgspec.structs
 
-from remetal.events import Note, Report, Step, silent
+from remetal.errors import UsageError
+from remetal.events import Note, Report, Step, Warn, silent
 from remetal.image.capture import capture_volume
 from remetal.layout.disks import check_capturable, find_system_disks
 from remetal.layout.inventory import probe_inventory
@@ -23,7 +24,9 @@ from remetal.repository import (
     Session,
     Snapshot,
     check_machine_name,
+    check_state,
     enroll_machine,
+    list_keys,
     load_machine_keys,
     open_session,
     save_machine_keys,
@@ -31,6 +34,9 @@ from remetal.repository import (
 from remetal.system.blockdev import Span, is_block_device
 from remetal.units import format_bytes
 from remetal.workflows.access import machines_folder, opened_repository
+
+MAX_TAG = 200
+"""Characters that a tag may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,7 @@ def back_up(request: BackupRequest, report: Report = silent) -> BackupResult:
     disk cannot be read.
     """
     began = time.monotonic()
+    _check_tags(request.tags)
     disks = request.disks or tuple(find_system_disks())
     report(Step(f"Looking at {', '.join(map(str, disks))}"))
     layout = probe_layout(disks, report=report)
@@ -102,12 +109,27 @@ def _capture(session: Session, layout: Layout, paths: dict[str, Path], report: R
     return images
 
 
+def _check_tags(tags: tuple[str, ...]) -> None:
+    for tag in tags:
+        if not tag.strip() or not tag.isprintable() or len(tag) > MAX_TAG:
+            raise UsageError(f"{tag!r} cannot be a tag", hint=f"Use up to {MAX_TAG} printable characters.")
+
+
 def _own_keys(repository: Repository, name: str, report: Report) -> MachineKeys:
     """Return the keys of the machine of that name on this host, enrolling it at its first backup."""
     check_machine_name(name)
     folder = machines_folder() / name
     keys = load_machine_keys(folder, repository)
     if keys is None:
+        check_state(folder)
+        if any(each.kind == "machine" and each.name == name for each in list_keys(repository)):
+            report(
+                Warn(
+                    f"the repository has a machine '{name}', whose keys are not in {folder}: this is a new one",
+                    hint="If they were lost, all is well, and older snapshots stay good; "
+                    "if it is another computer, give this one its own name with --machine.",
+                )
+            )
         keys = enroll_machine(repository, name)
         save_machine_keys(folder, keys)
         sealed = ", ".join(each.id for each in keys.stored.recipients)
