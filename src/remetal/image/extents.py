@@ -1,8 +1,8 @@
 """Which bytes of a volume are in use.
 
-The maps come from partclone's file system readers in ddrescue's format (GNU ddrescue manual, "Mapfile structure").
-A file system that was not unmounted cleanly may hold allocations that only its journal knows: then the map
-would lack blocks, so the whole volume counts as used.
+Each file system's own tools tell what is free, on the authority of the library that the file system is kept with;
+everything else is used. A file system that was not unmounted cleanly may hold allocations that only its journal
+knows: then the map would lack blocks, so the whole volume counts as used.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from remetal.errors import RemetalError
 from remetal.events import Report, Warn, silent
-from remetal.system.blockdev import Span
+from remetal.ondisk.fat import read_used
+from remetal.ondisk.regions import BadStructureError
+from remetal.system.blockdev import Span, open_disk
 from remetal.system.loop import open_device
 from remetal.system.run import ProgramFailedError, run
-
-_MAP_LINE = re.compile(r"(0x[0-9A-Fa-f]{1,16})\s+(0x[0-9A-Fa-f]{1,16})\s+([?*/+-])")
-_EXT = frozenset({"ext2", "ext3", "ext4"})
 
 
 class DoubtfulMapError(RemetalError):
@@ -40,61 +38,42 @@ class Extent:
         return self.start + self.size
 
 
-def _ext_is_clean(device: Path) -> bool:
-    header = run(["dumpe2fs", "-h", device]).text
-    state = re.search(r"^Filesystem state:\s+(.*)$", header, re.MULTILINE)
-    return state is not None and state[1].strip() == "clean" and "needs_recovery" not in header
+def _read_ext(device: Path) -> list[Extent] | None:
+    text = run(["dumpe2fs", device]).text
+    state = re.search(r"^Filesystem state:\s+(.*)$", text, re.MULTILINE)
+    clean = state is not None and state[1].strip() == "clean" and "needs_recovery" not in text
+    return parse_ext_map(text) if clean else None
 
 
-def _ext_least_used(device: Path) -> int:
-    header = run(["dumpe2fs", "-h", device]).text
-    count, free, block, first = (
-        int(found[1]) if (found := re.search(rf"^{name}:\s+(\d+)$", header, re.MULTILINE)) else 0
-        for name in ("Block count", "Free blocks", "Block size", "First block")
-    )
-    return (count - free - first) * block
-
-
-def _xfs_least_used(device: Path) -> int:
-    """Return the used bytes by the superblock, after a walk through the free space trees that checks their sums.
-
-    The superblock counts the free lists and the trees' own blocks as free, partclone as used.
-    """
-    checked = run(["xfs_db", "-r", "-c", "freesp -s", "-c", "sb 0", "-c", "print blocksize dblocks fdblocks", device])
-    if checked.stderr.strip():
-        raise ProgramFailedError(["xfs_db"], 1, checked.stderr.decode(errors="replace"))
-    number = {name: int(value) for name, value in re.findall(r"^(\w+) = (\d+)$", checked.text, re.MULTILINE)}
-    return (number["dblocks"] - number["fdblocks"]) * number["blocksize"]
-
-
-def _xfs_is_clean(device: Path) -> bool:
+def _read_xfs(device: Path) -> list[Extent] | None:
     state = re.search(r"state: <(\w+)>", run(["xfs_logprint", "-t", device], allowed=(0, 1)).text)
-    return state is not None and state[1] == "CLEAN"
+    if state is None or state[1] != "CLEAN":
+        return None
+    fields = "print blocksize dblocks agblocks fdblocks"
+    done = run(["xfs_db", "-r", "-c", "sb 0", "-c", fields, "-c", "freesp -d", device])
+    if done.stderr.strip():
+        raise DoubtfulMapError(f"xfs_db complains: {done.stderr.decode(errors='replace').strip()[:200]}")
+    return parse_xfs_map(done.text)
 
 
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    """How to learn the used blocks of one family of file systems."""
+def _read_fat(device: Path) -> list[Extent]:
+    with open_disk(device) as disk:
+        try:
+            return [Extent(start, size) for start, size in read_used(disk.read, disk.size())]
+        except BadStructureError as error:
+            raise DoubtfulMapError(error.message) from error
 
-    program: str
-    is_clean: Callable[[Path], bool] | None = None
-    least_used: Callable[[Path], int] | None = None
 
-
-_READERS = {
-    **dict.fromkeys(_EXT, _Reader("partclone.extfs", _ext_is_clean, _ext_least_used)),
-    "xfs": _Reader("partclone.xfs", _xfs_is_clean, _xfs_least_used),
-    "vfat": _Reader("partclone.fat"),
+_READERS: dict[str, Callable[[Path], list[Extent] | None]] = {
+    **dict.fromkeys(("ext2", "ext3", "ext4"), _read_ext),
+    "xfs": _read_xfs,
+    "vfat": _read_fat,
 }
-
-
-def has_used_map(kind: str) -> bool:
-    """Whether the used blocks of this type of file system (blkid's name) can be told from the free ones."""
-    return kind in _READERS
+"""How to learn the used blocks, by blkid's name for the file system; None for one that is not clean."""
 
 
 def probe_used(span: Span, kind: str, *, report: Report = silent) -> list[Extent]:
-    """Return the used extents of the file system on `span`, ascending and apart, in bytes from its start.
+    """Return the used extents of the file system on `span`, ascending and without overlaps, in bytes from its start.
 
     `kind` is blkid's name; for types without a reader the one extent is the whole span. So it is for a file system
     whose own count of used blocks cannot be believed, which is reported. Needs root. Raises RemetalError if the
@@ -105,16 +84,8 @@ def probe_used(span: Span, kind: str, *, report: Report = silent) -> list[Extent
     if reader is None:
         return whole
     with open_device(span) as device:
-        if reader.is_clean is not None and not reader.is_clean(device):
-            report(
-                Warn(
-                    f"the {kind} on {span} was not unmounted cleanly: all of it is captured, free blocks too",
-                    hint="Mount and unmount it once, or run its fsck, for a smaller and faster backup.",
-                )
-            )
-            return whole
         try:
-            return list(clip(_read_map(reader, device), span.size))
+            extents = reader(device)
         except (ProgramFailedError, DoubtfulMapError):
             report(
                 Warn(
@@ -123,44 +94,72 @@ def probe_used(span: Span, kind: str, *, report: Report = silent) -> list[Extent
                 )
             )
             return whole
-
-
-def _read_map(reader: _Reader, device: Path) -> list[Extent]:
-    """Return the used extents of a clean file system. Raises ProgramFailedError, DoubtfulMapError if it is damaged."""
-    with TemporaryDirectory(prefix="remetal-map-") as folder:
-        mapfile = Path(folder) / "map"
-        log = Path(folder) / "log"
-        run([reader.program, "-D", "-s", device, "-o", mapfile, "--offset_domain=0", "-L", log])
-        extents = parse_mapfile(mapfile.read_text(errors="replace"))
-    if reader.least_used is not None and total(extents) < (least := reader.least_used(device)):
-        raise DoubtfulMapError(
-            f"its map of used blocks holds {total(extents)} bytes, its superblock counts at least {least}"
+    if extents is None:
+        report(
+            Warn(
+                f"the {kind} on {span} was not unmounted cleanly: all of it is captured, free blocks too",
+                hint="Mount and unmount it once, or run its fsck, for a smaller and faster backup.",
+            )
         )
-    return extents
+        return whole
+    return list(clip(extents, span.size))
 
 
-def parse_mapfile(text: str) -> list[Extent]:
-    """Parse a ddrescue map: return its finished (`+`) extents, ascending, touching ones joined.
+def parse_ext_map(text: str) -> list[Extent]:
+    """Return the used extents from what dumpe2fs(8) prints of an ext2, ext3 or ext4.
 
-    Raises DoubtfulMapError for anything that is not such a map.
+    With bigalloc a free range ends with its last cluster's first block; the rest of that cluster counts as used.
+    Raises DoubtfulMapError if the groups have more free blocks than the superblock.
     """
-    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    number = _numbers(text, r"^(Block count|Free blocks|Block size):\s+(\d+)$")
+    if number.keys() != {"Block count", "Free blocks", "Block size"}:
+        raise DoubtfulMapError("dumpe2fs does not tell the file system's size")
+    free = []
+    for line in re.findall(r"^  Free blocks: (.*)$", text, re.MULTILINE):
+        for piece in filter(None, line.split(", ")):
+            first, _, last = piece.partition("-")
+            free.append((int(first), int(last or first) + 1 - int(first)))
+    return _used_between(free, number["Block count"], number["Block size"], number["Free blocks"])
+
+
+def parse_xfs_map(text: str) -> list[Extent]:
+    """Return the used extents from what xfs_db(8) prints for `print blocksize …` and `freesp -d`.
+
+    Blocks on an allocation group's free list are free as well. Raises DoubtfulMapError if the trees of free space hold
+    more blocks than the superblock counts.
+    """
+    number = _numbers(text, r"^(blocksize|dblocks|agblocks|fdblocks) = (\d+)$")
+    if number.keys() != {"blocksize", "dblocks", "agblocks", "fdblocks"}:
+        raise DoubtfulMapError("xfs_db does not tell the file system's size")
+    rows = re.findall(r"^ +(\d+) +(\d+) +(\d+)$", text, re.MULTILINE)
+    free = sorted((int(group) * number["agblocks"] + int(block), int(count)) for group, block, count in rows)
+    return _used_between(free, number["dblocks"], number["blocksize"], number["fdblocks"])
+
+
+def _numbers(text: str, pattern: str) -> dict[str, int]:
+    return {name: int(value) for name, value in re.findall(pattern, text, re.MULTILINE)}
+
+
+def _used_between(free: Iterable[tuple[int, int]], blocks: int, size: int, counted: int) -> list[Extent]:
+    """Return what lies between the free ranges (first block, number) of a file system of `blocks` blocks.
+
+    `size` is a block's in bytes, `counted` the number of free blocks that the superblock knows of.
+    """
     extents: list[Extent] = []
-    expected = 0
-    for line in lines[1:]:
-        match = _MAP_LINE.fullmatch(line.strip())
-        if match is None or int(match[1], 16) < expected:
-            raise DoubtfulMapError(f"partclone wrote a map of used blocks that makes no sense: '{line[:80]}'")
-        start, size = int(match[1], 16), int(match[2], 16)
-        expected = start + size
-        if match[3] != "+" or size == 0:
-            continue
-        if extents and extents[-1].end == start:
-            extents[-1] = Extent(extents[-1].start, extents[-1].size + size)
-        else:
-            extents.append(Extent(start, size))
-    if not extents:
-        raise DoubtfulMapError("partclone wrote a map without any used block")
+    position = total_free = 0
+    for first, count in free:
+        if first < position or count <= 0 or first + count > blocks:
+            raise DoubtfulMapError(
+                f"free blocks {first} to {first + count - 1} overlap others or leave the file system"
+            )
+        if first > position:
+            extents.append(Extent(position * size, (first - position) * size))
+        position = first + count
+        total_free += count
+    if position < blocks:
+        extents.append(Extent(position * size, (blocks - position) * size))
+    if total_free > counted or not extents:
+        raise DoubtfulMapError(f"{total_free} blocks are marked free, the superblock counts {counted}")
     return extents
 
 

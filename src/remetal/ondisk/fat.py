@@ -5,6 +5,9 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from remetal.ondisk.regions import BadStructureError, Read
 
 _SECTORS = {512, 1024, 2048, 4096}
@@ -14,8 +17,14 @@ _MAX_CLUSTERS_16 = 65525
 
 @dataclass(frozen=True, slots=True)
 class FatBootSector:
-    """Sizes in bytes; `bits` is 12, 16 or 32; `serial` as blkid writes the UUID: `ABCD-0123`."""
+    """Sizes and places in bytes; `bits` is 12, 16 or 32; `serial` as blkid writes the UUID: `ABCD-0123`.
 
+    `table_at` is where the table in use begins, `data_at` the first of the `clusters`.
+    """
+
+    table_at: int
+    clusters: int
+    data_at: int
     size: int
     used: int
     cluster_size: int
@@ -43,13 +52,48 @@ def parse_fat(read: Read, size: int) -> FatBootSector:
     if fat_sectors * sector * 8 < clusters * bits:
         raise BadStructureError("the boot sector of the FAT file system describes too small a table")
     free = _free_clusters(read, reserved * sector, clusters, bits, sector, data)
+    (flags,) = struct.unpack_from("<H", data, 40) if bits == 32 else (0,)
+    active = flags & 0xF if flags & 0x80 else 0
+    if active >= fats:
+        raise BadStructureError("the boot sector of the FAT file system names a table that is not there")
     return FatBootSector(
+        table_at=(reserved + active * fat_sectors) * sector,
+        clusters=clusters,
+        data_at=(reserved + fats * fat_sectors + root) * sector,
         size=total * sector,
         used=(total - free * cluster) * sector,
         cluster_size=cluster * sector,
         bits=bits,
         serial=f"{serial >> 16:04X}-{serial & 0xFFFF:04X}",
     )
+
+
+def read_used(read: Read, size: int) -> list[tuple[int, int]]:
+    """Return start and size in bytes of what is used on a volume of `size` bytes: all but free clusters, ascending.
+
+    Raises BadStructureError if there is no sound FAT file system.
+    """
+    boot = parse_fat(read, size)
+    table = _read_table(read, boot)
+    edges = np.diff(np.concatenate(([0], (table != 0).astype(np.int8), [0])))
+    ranges = [(0, boot.data_at)]
+    for first, last in zip(np.flatnonzero(edges == 1).tolist(), np.flatnonzero(edges == -1).tolist(), strict=True):
+        ranges.append((boot.data_at + first * boot.cluster_size, (last - first) * boot.cluster_size))
+    return ranges
+
+
+def _read_table(read: Read, boot: FatBootSector) -> npt.NDArray[np.uint32]:
+    """Return the table's entries, one per cluster: 0 for a free one."""
+    count = boot.clusters + 2
+    if boot.bits == 32:
+        entries = np.frombuffer(read(boot.table_at, 4 * count), "<u4") & np.uint32(0x0FFFFFFF)
+    elif boot.bits == 16:
+        entries = np.frombuffer(read(boot.table_at, 2 * count), "<u2").astype(np.uint32)
+    else:
+        raw = np.frombuffer(read(boot.table_at, -(-count // 2) * 3), np.uint8).astype(np.uint32).reshape(-1, 3)
+        even, odd = raw[:, 0] | (raw[:, 1] & 0xF) << 8, raw[:, 1] >> 4 | raw[:, 2] << 4
+        entries = np.column_stack((even, odd)).reshape(-1)[:count]
+    return entries[2:]
 
 
 def _free_clusters(read: Read, fat_at: int, clusters: int, bits: int, sector: int, boot: bytes) -> int:
