@@ -185,7 +185,7 @@ def _open_machines(catalog: Catalog, key: RecipientKey) -> None:
         except DamagedError as error:
             catalog.problems.append(error.message)
     known = {machine.id for machine in machines}
-    owners = {entry.name.split("/")[1] for entry in repository.store.entries(SNAPSHOTS)}
+    owners = {entry.name.split("/")[1] for entry in repository.store.entries(SNAPSHOTS) if _NAME.fullmatch(entry.name)}
     catalog.problems += [f"the machine of {SNAPSHOTS}{each}/ has no record" for each in sorted(owners - known)]
 
 

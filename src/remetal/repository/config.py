@@ -7,9 +7,20 @@ from typing import Any
 
 import msgspec
 
-from remetal.errors import RefusedError, UsageError
+from remetal.errors import DamagedError, RefusedError, UsageError
 from remetal.repository.cipher import digest
-from remetal.repository.objects import CONFIG, MAX_KEY_OBJECT, Record, damaged, decode_json, encode_json, get_object
+from remetal.repository.objects import (
+    CONFIG,
+    MACHINES,
+    MAX_KEY_OBJECT,
+    PACKS,
+    SNAPSHOTS,
+    Record,
+    damaged,
+    decode_json,
+    encode_json,
+    get_object,
+)
 from remetal.storage import NotFoundError, Store
 from remetal.units import KIB, MIB, format_bytes
 
@@ -76,10 +87,18 @@ def _check_format(text: bytes) -> None:
 
 
 def read_config(store: Store) -> Config:
-    """Read and check a store's config. Raises RefusedError if there is no repository, or a newer one."""
+    """Read and check a store's config.
+
+    Raises RefusedError if there is no repository, or a newer one, DamagedError if only its config is missing.
+    """
     try:
         store.get(CONFIG, size=1)
     except NotFoundError as error:
+        if any(next(store.entries(prefix), None) is not None for prefix in (PACKS, SNAPSHOTS, MACHINES)):
+            raise DamagedError(
+                f"{store.location} holds a repository whose config is missing",
+                hint="Bring the object 'config' back from a copy of the repository.",
+            ) from error
         raise RefusedError(
             f"there is no repository at {store.location}",
             hint="Is the disk mounted, and the location right? `remetal init` makes a new repository there.",

@@ -24,10 +24,10 @@ from blake3 import blake3
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from remetal.errors import RemetalError
+from remetal.errors import DamagedError, RemetalError
 from remetal.repository.cipher import KEY_SIZE, TAG_SIZE, WRAPPING, CipherError, KemPublic, chunk_id
 from remetal.repository.config import MAX_CHUNK
-from remetal.repository.objects import damaged, header
+from remetal.repository.objects import HELP, damaged, header
 from remetal.repository.recipients import MAX_RECIPIENTS, RecipientKey, RecipientRecord
 from remetal.units import MIB
 
@@ -194,6 +194,10 @@ class PackBuilder:
         return Pack(Contents(self._hasher.digest(), size, self._start, entries), self._pieces)
 
 
+class NotSealedError(DamagedError):
+    """A pack that is whole, but was not written for this recipient."""
+
+
 @dataclass(frozen=True, slots=True)
 class PackOpener:
     """What opens the chunks of one pack: its prologue and its key."""
@@ -261,7 +265,9 @@ def open_pack(name: str, head: bytes, key: RecipientKey) -> PackOpener:
             if len(pack_key) != KEY_SIZE:
                 raise damaged(name, "its key has the wrong length")
             return PackOpener(name, machine.hex(), start, prologue, AESGCM(pack_key))
-    raise damaged(name, f"it is not sealed to the key {key.id}: it was written before that key was accepted")
+    raise NotSealedError(
+        f"the object {name} is not sealed to the key {key.id}: it was written before that key was accepted", hint=HELP
+    )
 
 
 def _wrap(key: bytes, kem: KemPublic, prologue: bytes, recipient: str) -> bytes:

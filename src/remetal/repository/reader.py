@@ -7,13 +7,13 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 
-from remetal.errors import DamagedError
+from remetal.errors import DamagedError, RefusedError
 from remetal.repository.catalog import image_runs, load_table
 from remetal.repository.cipher import chunk_id
 from remetal.repository.machines import Domain, open_secrets, read_machines
 from remetal.repository.maps import ZERO_ID, Run
 from remetal.repository.objects import HELP, PACKS, damaged, pack_name
-from remetal.repository.packs import ZSTD, Codec, PackOpener, head_size, open_pack
+from remetal.repository.packs import ZSTD, Codec, NotSealedError, PackOpener, head_size, open_pack
 from remetal.repository.recipients import RecipientKey
 from remetal.repository.repository import Repository
 from remetal.repository.snapshots import ImageRecord, Snapshot
@@ -78,7 +78,9 @@ class Reader:
     def verify_present(self, images: Iterable[ImageRecord]) -> None:
         """Raise DamagedError unless every chunk is in the index and every pack it needs is there in full size.
 
-        Reads the maps and lists the packs; no pack is opened. Meant for the moment before a restore's first write.
+        Reads the maps and lists the packs. Those of the first recipient, to whom every pack is sealed, are not
+        opened; another's are, and RefusedError is raised if one was written before that key was accepted.
+        Meant for the moment before a restore's first write.
         """
         needed: set[int] = set()
         for image in images:
@@ -98,6 +100,19 @@ class Reader:
                 raise damaged(entry.name, f"it has {entry.size} bytes instead of {size}")
         for name in missing:
             raise damaged(name, "it is missing")
+        if self._key.id != self._repository.config.id:
+            self._verify_sealed(needed)
+
+    def _verify_sealed(self, packs: Iterable[int]) -> None:
+        try:
+            for number in packs:
+                self._open_pack(number)
+        except NotSealedError as error:
+            raise RefusedError(
+                f"the key {self._key.id} does not open all of this snapshot: part of it was stored before the machine "
+                "had accepted that key",
+                hint="Use the passphrase or the recovery kit of the repository's first recipient.",
+            ) from error
 
     def _open_pack(self, number: int) -> PackOpener:
         with self._guard:
