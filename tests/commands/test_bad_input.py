@@ -129,7 +129,7 @@ def test_a_disk_that_holds_the_repository_is_refused(site: Site, machine_disk: P
             site.remetal("backup", "--disk", machine_disk)
             told = site.remetal("restore", "latest", "--map", device, "--yes", code=3)
             assert "repository" in told.err
-            assert site.remetal("restore", "latest", "--map", usb, "--yes", code=3)
+            site.remetal("restore", "latest", "--map", usb, "--yes", code=3)
             site.remetal("check")
 
 

@@ -30,6 +30,7 @@ def sfdisk(disk: Path) -> list[dict[str, object]]:
 
 def blkid(place: Span) -> str:
     """Return what blkid finds on a place of a disk."""
+    argv: list[str | Path]
     argv = ["blkid", "--probe", "--offset", str(place.start), "--size", str(place.size), "-o", "export", place.path]
     done = subprocess.run(argv, check=False, capture_output=True, text=True)
     assert done.returncode in {0, 2}, "2 means that nothing was recognised"
