@@ -244,6 +244,18 @@ def test_damage_is_found_and_never_restored(backed_up: Site, kind: str, damage: 
     assert told.err.strip()
 
 
+def test_a_lost_index_is_made_anew(backed_up: Site, machine_disk: Path) -> None:
+    for path in objects(backed_up, "index"):
+        path.unlink()
+    backed_up.remetal("check", code=5)
+    assert backed_up.remetal("repair", "--json").json["packs"] > 0
+    backed_up.remetal("check", "--read-data")
+    assert backed_up.remetal("repair", "--json").json["packs"] == 0
+    new = backed_up.folder / "new.img"
+    backed_up.remetal("restore", "latest", "--map", new, "--yes")
+    assert list_volume(span(new, 5), ("noload",)) == list_volume(span(machine_disk, 5), ("noload",))
+
+
 def test_a_newer_format_is_refused(backed_up: Site) -> None:
     config = backed_up.repository / "config"
     text = config.read_text()

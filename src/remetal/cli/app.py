@@ -26,6 +26,7 @@ COMMANDS = {
     "plan": ("remetal.cli.restore:plan", "Show what a restore would do, and the plan's id."),
     "restore": ("remetal.cli.restore:restore", "Bring a machine back onto disks."),
     "check": ("remetal.cli.check:check", "Check that everything is as it was written."),
+    "repair": ("remetal.cli.repair:repair", "Make a lost or damaged index anew from the packs."),
     "export": ("remetal.cli.export:export", "Write one disk of a snapshot to a disk file."),
     "recovery": ("remetal.cli.recovery:recovery", "Recover this machine (on the recovery medium)."),
     "key": ("remetal.cli.key:app", "Passphrases, recipients and the recovery kit."),
