@@ -234,8 +234,8 @@ def _plan_boot_loader(recipe: Recipe, parts: tuple[Part, ...]) -> str:
     modules = f"{scheme} ext2 biosdisk search_fs_uuid"
     lines.append(f'{install} --target=i386-pc --modules="{modules}" {disk_device(0)}')
     if recipe.table == "gpt":
-        fallback = "--force-extra-removable" if recipe.fallback else "--no-extra-removable"
-        lines.append(f"{install} --target=x86_64-efi --no-nvram {fallback} {disk_device(0)}")
+        fallback = " --force-extra-removable" if recipe.fallback else ""
+        lines.append(f"{install} --target=x86_64-efi --no-nvram{fallback} {disk_device(0)}")
     lines += ["chroot $root update-grub", "umount --recursive $root", "rmdir $root"]
     return "\n".join(lines)
 
