@@ -71,7 +71,7 @@ class RecoveryKit:
             recipient=escape(self.recipient_id),
             created=escape(self.created),
             lines=escape("\n".join(self.lines())),
-            code=code.svg_inline(scale=4, border=2),
+            code=code.svg_inline(border=4, omitsize=True),
         )
 
 
