@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -116,3 +118,32 @@ def test_a_mount_that_stays_busy_keeps_every_file(monkeypatch: pytest.MonkeyPatc
         holder.wait()
         subprocess.run(["umount", folder], check=True)
         folder.rmdir()
+
+
+def test_private_mounts_vanish_with_a_killed_process(tmp_path: Path) -> None:
+    disk = tmp_path / "disk.img"
+    with disk.open("wb") as file:
+        file.truncate(16 << 20)
+    subprocess.run(["mkfs.ext4", "-q", disk], check=True)
+    code = (
+        "import time; from pathlib import Path; from remetal.system.blockdev import Span\n"
+        "from remetal.system.loop import attach_loop; from remetal.system.mounts import enter_private_mounts, mounted\n"
+        "enter_private_mounts()\n"
+        f"span = Span(Path({str(disk)!r}), 0, 16 << 20)\n"
+        "with attach_loop(span, writable=True) as device, mounted(device) as folder:\n"
+        "    (folder / 'seen').touch(); print(folder, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        folder = process.stdout.readline().strip()
+        assert not (Path(folder) / "seen").exists()
+        assert Path(f"/proc/{process.pid}/root{folder}/seen").exists()
+        assert subprocess.run(["losetup", "-j", disk], check=True, capture_output=True).stdout
+        process.kill()
+    deadline = time.monotonic() + 5
+    while (left := subprocess.run(["losetup", "-j", disk], check=True, capture_output=True).stdout) and (
+        time.monotonic() < deadline
+    ):
+        time.sleep(0.05)
+    assert left == b""
+    Path(folder).rmdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -118,9 +119,9 @@ def test_all_missing_programs_are_named_at_once(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("PATH", str(tmp_path))
     need_programs()
     with pytest.raises(ProgramMissingError) as caught:
-        need_programs("mcopy", "mdir", "partclone.xfs")
-    assert caught.value.message == "not installed: mcopy, mdir, partclone.xfs"
-    assert caught.value.hint.endswith("apt-get install mtools partclone")
+        need_programs("mcopy", "mdir", "xfs_db")
+    assert caught.value.message == "not installed: mcopy, mdir, xfs_db"
+    assert caught.value.hint.endswith("apt-get install mtools xfsprogs")
 
 
 def test_every_named_package_is_the_one_that_has_the_program() -> None:
@@ -204,3 +205,17 @@ def test_a_message_holds_no_control_characters_and_no_endless_line() -> None:
         run(["sh", "-c", "printf '\\033[31mred\\rx\\n' >&2; head -c 100000 /dev/urandom | od >&2 -w99999 ; exit 1"])
     assert all(each.isprintable() for each in caught.value.message)
     assert len(caught.value.message) < 2500
+
+
+def test_a_program_dies_with_us() -> None:
+    code = "from remetal.system.run import run; print('up', flush=True); run(['sh', '-c', 'echo $$ >&2; sleep 60'])"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        deadline = time.monotonic() + 10
+        while not (found := children.read_text().split()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        process.kill()
+    assert ends(int(found[0]))

@@ -16,6 +16,7 @@ from remetal import __version__
 from remetal.cli.options import DEFAULTS
 from remetal.cli.output import print_error
 from remetal.errors import EXIT_CODES, RemetalError, UsageError
+from remetal.system.mounts import enter_private_mounts
 
 COMMANDS = {
     "init": ("remetal.cli.init:init", "Make a repository and its first recipient; print the recovery kit."),
@@ -120,7 +121,19 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, _interrupt)
-    sys.exit(run_command(sys.argv[1:]))
+    enter_private_mounts()
+    code = run_command(sys.argv[1:])
+    _drop_unwritable()
+    sys.exit(code)
+
+
+def _drop_unwritable() -> None:
+    """Let go of output that nobody takes, which would change the exit code when the interpreter ends."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _open_standard_streams() -> None:

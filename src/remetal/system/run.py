@@ -6,6 +6,7 @@ input unless the caller gives some. A failure raises `ProgramFailedError` with a
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import shutil
@@ -21,6 +22,9 @@ from remetal.errors import RefusedError, RemetalError
 
 Argv = Sequence[str | os.PathLike[str]]
 
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
 Process: TypeAlias = subprocess.Popen[bytes]
 """A program that runs beside us; made by `start`."""
 
@@ -34,8 +38,6 @@ PACKAGES = {
     "blkid": "util-linux",
     "dumpe2fs": "e2fsprogs",
     "e2fsck": "e2fsprogs",
-    "efibootmgr": "efibootmgr",
-    "grub-install": "grub2-common",
     "grub-mkimage": "grub-common",
     "losetup": "mount",
     "mcopy": "mtools",
@@ -45,13 +47,13 @@ PACKAGES = {
     "mksquashfs": "squashfs-tools",
     "mkswap": "util-linux",
     "mmdebstrap": "mmdebstrap",
-    "partclone.extfs": "partclone",
-    "partclone.fat": "partclone",
-    "partclone.xfs": "partclone",
+    "qemu-img": "qemu-utils",
     "qemu-system-x86_64": "qemu-system-x86",
     "resize2fs": "e2fsprogs",
     "wipefs": "util-linux",
+    "xfs_db": "xfsprogs",
     "xfs_growfs": "xfsprogs",
+    "xfs_logprint": "xfsprogs",
     "xorriso": "xorriso",
 }
 """Debian's package for a program that remetal may find missing."""
@@ -130,6 +132,7 @@ def run(
             env=_environment(env),
             cwd=cwd,
             check=False,
+            preexec_fn=_die_with_parent,
         )
     except subprocess.TimeoutExpired as error:
         stderr = (error.stderr or b"").decode("utf-8", "replace")
@@ -167,6 +170,7 @@ def start(
                 env=_environment(env),
                 cwd=cwd,
                 pass_fds=pass_fds,
+                preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call, whose function was loaded at import
             )
         except (OSError, ValueError) as error:
             raise _not_started(command, error) from error
@@ -188,6 +192,14 @@ def wait_for_end(process: Process, timeout: float) -> int | None:
         return process.wait(timeout)
     except subprocess.TimeoutExpired:
         return None
+
+
+def _die_with_parent() -> None:
+    """Let the kernel kill the child when we die (prctl(2), PR_SET_PDEATHSIG).
+
+    A program that works on a disk must not go on beside the run that takes up where a killed one stopped.
+    """
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _presentable(line: str) -> str:
