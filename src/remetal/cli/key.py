@@ -126,7 +126,8 @@ def recipient(
 ) -> None:
     """Add a second private key with its own passphrase and recovery kit, as an escrow.
 
-    It opens what machines back up after they have accepted it: run `remetal key accept` on each of them.
+    It opens what machines store after they have accepted it: run `remetal key accept` on each of them. Chunks that were
+    stored before stay closed to it, also where later snapshots use them again; a new repository knows no such past.
     """
     with new_kit_page(kit_page) as write_page, opened_repository(repo) as repository:
         key = unlock(repository, need_secret(credentials))
