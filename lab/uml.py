@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import string
@@ -25,6 +26,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lab import CHECKOUT
+from lab.cache import cached
 from remetal.errors import RemetalError
 from remetal.system.run import Argv, find_program, need_programs
 from remetal.units import MIB, format_duration
@@ -148,7 +150,7 @@ mount -t tmpfs modules /lib/modules
 for each in {modules}/*; do ln -s "$each" /lib/modules/; done
 # What LVM and friends note about this kernel's volumes must not land in the host's /etc.
 for each in /etc/lvm/archive /etc/lvm/backup /etc/lvm/devices; do
-  if [ -d $each ]; then mount -t tmpfs private $each; fi
+  mkdir -p $each && mount -t tmpfs private $each
 done
 ip link set lo up 2>/dev/null || true
 modprobe --all --quiet loop dm-mod fuse || true
@@ -173,6 +175,19 @@ def _write_program(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
+def _find_preload() -> dict[str, str]:
+    """Return the environment that lets the kernel run on a processor with AMX (see xstate.c); nothing on others."""
+    if not re.search(r"^flags\s*:.*\bamx_tile\b", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+        return {}
+    source = Path(__file__).with_name("xstate.c")
+
+    def build(path: Path) -> None:
+        subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", path, source], check=True)
+
+    library = cached("uml-xstate", [source.read_text()], build)
+    return {"LD_PRELOAD": str(library)}
+
+
 def _boot(argv: Sequence[str], folder: Path, timeout: float, log: Path | None) -> None:
     """Run the kernel to its end. It is a group of processes: all of them are ended whatever happens."""
     console = folder / "console"
@@ -184,7 +199,7 @@ def _boot(argv: Sequence[str], folder: Path, timeout: float, log: Path | None) -
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={"PATH": "/usr/bin:/bin", "HOME": str(folder), "TMPDIR": memory},
+            env={"PATH": "/usr/bin:/bin", "HOME": str(folder), "TMPDIR": memory, **_find_preload()},
             start_new_session=True,
         )
         try:
