@@ -12,7 +12,7 @@ import mmap
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +146,10 @@ class DiskIO:
     def _need(self, offset: int, size: int, found: int) -> None:
         if found < size:
             raise RemetalError(f"{self.path} ends at byte {offset + max(found, 0)}, before the expected data")
+
+    def reader(self, start: int) -> Callable[[int, int], bytes]:
+        """Return a function `read(offset, size)` whose offsets count from byte `start`."""
+        return lambda offset, size: self.read(start + offset, size)
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
         """Write all of `data` at byte `offset`.

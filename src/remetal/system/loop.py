@@ -10,8 +10,12 @@ from pathlib import Path
 
 from remetal.errors import RefusedError
 from remetal.system.blockdev import Span, is_block_device, probe_geometry
-from remetal.system.run import run
+from remetal.system.run import ProgramFailedError, run
+from remetal.system.udev import lock_device
 
+_SECTOR = 512
+_TRIES = 20
+"""How often somebody else may take the free loop device that we were about to use."""
 _SYS_ADMIN = 21
 """The number of CAP_SYS_ADMIN (capabilities(7), <linux/capability.h>)."""
 
@@ -30,7 +34,8 @@ def need_loops() -> None:
 def attach_loop(span: Span, *, writable: bool = False) -> Iterator[Path]:
     """Attach a loop device to a span and yield the device's path; detached when the block is left.
 
-    The kernel itself detaches it when nobody has it open any more, so that none is left behind if we are killed.
+    The kernel itself detaches it when nobody has it open any more, so that none is left behind if we are killed. It is
+    locked from before it shows anything, so that udev does not activate what is on it.
     Works for spans of regular files and of block devices, and needs no partition scanning. The device is
     read-only unless `writable`. Needs root. Raises RefusedError if the span is empty or leaves its disk: the kernel
     would quietly attach something else.
@@ -41,9 +46,7 @@ def attach_loop(span: Span, *, writable: bool = False) -> Iterator[Path]:
         raise RefusedError(
             f"{span.size} bytes at byte {span.start} are not a part of {span.path}, which has {disk} bytes"
         )
-    argv = ["losetup", "--find", "--show", "--offset", str(span.start), "--sizelimit", str(span.size)]
-    device = Path(run([*argv, *([] if writable else ["--read-only"]), span.path]).text.strip())
-    fd = os.open(device, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+    device, fd = _attach(span, writable)
     try:
         run(["losetup", "--detach", device])  # takes effect at the last close (loop(4), LO_FLAGS_AUTOCLEAR)
         yield device
@@ -51,6 +54,28 @@ def attach_loop(span: Span, *, writable: bool = False) -> Iterator[Path]:
             os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _attach(span: Span, writable: bool) -> tuple[Path, int]:
+    """Attach a free loop device to a span; return its path and our descriptor of it, which is locked."""
+    options = ["--offset", str(span.start), "--sizelimit", str(span.size), *([] if writable else ["--read-only"])]
+    sector = probe_geometry(span.path).logical_sector
+    if sector != _SECTOR and span.start % sector == 0 and span.size % sector == 0:
+        options += ["--sector-size", str(sector)]  # what is made on it must fit the disk itself
+    for attempt in range(_TRIES):
+        device = Path(run(["losetup", "--find"]).text.strip())
+        fd = os.open(device, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        try:
+            lock_device(fd, device)
+            run(["losetup", *options, device, span.path])
+        except BaseException as error:
+            os.close(fd)
+            taken = isinstance(error, ProgramFailedError) and "busy" in error.stderr
+            if not taken or attempt == _TRIES - 1:
+                raise
+        else:
+            return device, fd
+    raise AssertionError("the last attempt returns or raises")
 
 
 @contextmanager
