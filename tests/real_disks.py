@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from remetal.image.extents import probe_used
-from remetal.layout.apply import apply_step
+from remetal.layout.apply import apply_step, opened_site
 from remetal.layout.model import FileSystem, Layout
 from remetal.layout.plan import ImageFacts, Plan, WriteImage
 from remetal.system.blockdev import Span, open_disk
@@ -103,18 +103,17 @@ class Source:
     def images(self) -> dict[str, ImageFacts]:
         """Return what a plan needs to know of the images."""
         return {
-            volume.on: ImageFacts(size=self.layout.place(volume.on)[2], used=volume.size, digest="d" * 64)
-            for volume in self.layout.captured()
+            each.volume: ImageFacts(size=self.layout.place(each.volume)[2], used=each.size, digest="d" * 64)
+            for each in self.layout.captured()
         }
 
     def apply(self, plan: Plan, target: Path, *, until: int | None = None) -> int:
         """Apply the first `until` steps of a plan, images by comparing their used blocks; return the bytes written."""
         written = 0
-        for step in plan.steps[:until]:
-            if isinstance(step, WriteImage):
-                written += self._copy(step, target)
-            else:
-                written += apply_step(step, {step.disk: target})
+        (disk,) = plan.targets
+        with opened_site(plan.result, {disk: target}) as site:
+            for step in plan.steps[:until]:
+                written += self._copy(step, target) if isinstance(step, WriteImage) else apply_step(step, site)
         return written
 
     def _copy(self, step: WriteImage, target: Path) -> int:

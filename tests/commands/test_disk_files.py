@@ -94,7 +94,9 @@ def test_garbage_on_the_target_does_not_matter(site: Site, machine_disk: Path) -
     with new.open("wb") as file:
         for _ in range(DISK_SIZE // MIB):
             file.write(b"\xa5garbage" * (MIB // 8))
-    site.remetal("restore", "latest", "--map", str(new), "--yes")
+    site.remetal("restore", "latest", "--map", str(new), "--yes", code=3)
+    assert new.read_bytes()[: 8 * MIB] == b"\xa5garbage" * MIB, "refused, and not touched"
+    site.remetal("restore", "latest", "--map", str(new), "--overwrite", str(new), "--yes")
     assert_clean(new)
     assert list_volume(span(new, 5), ("noload",)) == list_volume(span(machine_disk, 5), ("noload",))
     assert list_volume(span(new, 3), ("norecovery",)) == list_volume(span(machine_disk, 3), ("norecovery",))

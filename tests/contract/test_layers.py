@@ -11,8 +11,9 @@ import pytest
 
 from remetal.layout.layers import GROWING, TABLES, VOLUMES, encode_table, plan_growth, probe_volume
 from remetal.layout.layers.contract import Content, VolumeKind
-from remetal.layout.model import FileSystem, Layout, Raw, check_layout
+from remetal.layout.model import FileSystem, Layout, Raw
 from remetal.layout.probe import probe_layout
+from remetal.layout.record import check_layout
 from remetal.layout.signatures import probe_signature
 from remetal.ondisk.regions import BadStructureError, Read
 from remetal.system.blockdev import Span
@@ -39,6 +40,9 @@ VOLUME_SAMPLES = {
     "ext4": Sample(16 * MIB, ("mkfs.ext4", "-q", "-L", "name"), ("e2fsck", "-fn")),
     "vfat": Sample(16 * MIB, ("mkfs.vfat", "-n", "NAME"), ("fsck.vfat", "-n")),
     "xfs": Sample(300 * MIB, ("mkfs.xfs", "-q", "-L", "name"), ("xfs_repair", "-n"), 64 * 4096),
+    "ntfs": Sample(16 * MIB, ("mkfs.ntfs", "-Q", "-q", "-L", "name"), ("ntfsfix", "-n")),
+    "exfat": Sample(16 * MIB, ("mkfs.exfat", "-L", "name"), ("fsck.exfat", "-n")),
+    "f2fs": Sample(64 * MIB, ("mkfs.f2fs", "-q", "-l", "name"), ("fsck.f2fs", "--dry-run", "-f")),
     "swap": Sample(MIB, ("mkswap", "-q", "-L", "name")),
 }
 TABLE_SAMPLES: dict[str, Callable[[Path], Path]] = {"gpt": make_gpt_disk, "dos": make_mbr_disk}
@@ -117,8 +121,8 @@ def test_growth(made: Made) -> None:
         assert made.content.type not in GROWING
         return
     larger = 3 * made.sample.size + 12345 // 512 * 512
-    size = plan_growth(volume, larger)
-    assert plan_growth(volume, made.sample.size) == volume.size
+    size = plan_growth(volume, {volume.on: larger}).size
+    assert plan_growth(volume, {volume.on: made.sample.size}) == volume
     assert volume.size <= size <= larger
     if made.content.type not in GROWING:
         assert size == volume.size

@@ -22,23 +22,22 @@ from remetal.layout.model import (
     Layer,
     Layout,
     MbrTable,
+    MdArray,
     Partition,
     Raw,
     Swap,
     Table,
     Volume,
+    VolumeGroup,
     boot_area,
-    check_layout,
-    decode_layout,
-    encode_layout,
-    is_container,
+    is_extended,
     table_end,
 )
 from remetal.layout.plan import ImageFacts, Plan, PlanOptions, Target, plan_restore
+from remetal.layout.record import check_layout, decode_layout, encode_layout
 from remetal.layout.steps import (
     ClearRange,
     ClearSignatures,
-    CreateFile,
     GrowFileSystem,
     MakeSwap,
     Step,
@@ -114,7 +113,7 @@ def filled(draw: st.DrawFn, table: Table, sector: int) -> list[Layer]:
     start, end = boot_area(table, sector)
     if end > start and draw(st.booleans()):
         layers.append(Raw(on=f"{table.on}:boot", size=end - start))
-    plain = [each for each in table.partitions if not is_container(table, each)]
+    plain = [each for each in table.partitions if not is_extended(table, each)]
     return [*layers, *(draw(volumes(f"{table.on}:{each.number}", each.size)) for each in plain)]
 
 
@@ -145,8 +144,8 @@ def layouts(draw: st.DrawFn) -> Layout:
 def cases(draw: st.DrawFn) -> tuple[Layout, dict[str, ImageFacts], dict[str, Target]]:
     layout = draw(layouts())
     images = {
-        volume.on: ImageFacts(size=layout.place(volume.on)[2], used=volume.size, digest="d")
-        for volume in layout.captured()
+        each.volume: ImageFacts(size=layout.place(each.volume)[2], used=each.size, digest="d")
+        for each in layout.captured()
     }
     targets = {}
     for disk in layout.disks:
@@ -166,7 +165,10 @@ def cases(draw: st.DrawFn) -> tuple[Layout, dict[str, ImageFacts], dict[str, Tar
 
 def plan(case: tuple[Layout, dict[str, ImageFacts], Mapping[str, Target]], options: PlanOptions | None = None) -> Plan:
     layout, images, targets = case
-    return plan_restore(layout, images, targets, snapshot="snap", options=options or PlanOptions())
+    named_twice = [target.path for target in targets.values()]
+    return plan_restore(
+        layout, images, targets, snapshot="snap", options=options or PlanOptions(), overwrite=named_twice
+    )
 
 
 def plan_or_none(
@@ -184,7 +186,7 @@ def reach(step: Step) -> tuple[int, int] | None:
             return step.start, step.start + step.size
         case WriteBootCode():
             return 0, len(step.code)
-        case WriteTable() | CreateFile():
+        case _:
             return None
 
 
@@ -200,7 +202,7 @@ def test_a_plan_keeps_to_its_places(case: tuple[Layout, dict[str, ImageFacts], d
     event("grown" if found.grown else "moved" if "moves" in " ".join(found.notes) else "planned")
     check_layout(found.result)
     for disk in layout.disks:
-        steps = [step for step in found.steps if step.disk == disk.name]
+        steps = [step for step in found.steps if getattr(step, "device", "") == disk.name]
         size = targets[disk.name].size
         own: dict[object, tuple[int, int]] = {}
         for step in steps:
@@ -233,6 +235,7 @@ def test_everything_that_was_there_is_there_again(
     assert {step.volume for step in found.steps if isinstance(step, WriteImage)} == set(images)
     assert {fate.volume for fate in found.fates} == {volume.on for volume in layout.volumes()}
     for before in layout.layers:
+        assert not isinstance(before, (MdArray, VolumeGroup)), "these cases have no containers"
         after = found.result.layer_on(before.on)
         assert type(after) is type(before)
         if isinstance(before, (GptTable, MbrTable)) and isinstance(after, (GptTable, MbrTable)):
@@ -241,7 +244,10 @@ def test_everything_that_was_there_is_there_again(
             changed = {
                 f"{before.on}:{a.number}" for a, b in zip(before.partitions, after.partitions, strict=True) if a != b
             }
-            if not any(space.startswith(f"{before.on}:") for space in found.grown):
+            ends = {each.number: each.end for each in before.partitions}
+            if targets[before.on].size < layout.disk(before.on).size:
+                assert all(each.end <= ends[each.number] for each in after.partitions), "nothing moves backwards"
+            elif not any(space.startswith(f"{before.on}:") for space in found.grown):
                 assert not changed
         elif isinstance(before, FileSystem) and isinstance(after, FileSystem):
             assert after == before or (before.on in found.grown and after.size > before.size)
@@ -252,8 +258,8 @@ def test_everything_that_was_there_is_there_again(
         assert targets[name].size > layout.disk(name).size
         table = found.result.layer_on(name)
         if isinstance(table, (GptTable, MbrTable)):
-            ends = [each.start + each.size for each in table.partitions]
-            assert 0 <= table_end(table, found.result.disk(name)) - max(ends) < MIB, "space is left at the end"
+            last = max(each.end for each in table.partitions)
+            assert 0 <= table_end(table, found.result.disk(name)) - last < MIB, "space is left at the end"
     if all(target.size == layout.disk(name).size for name, target in targets.items()):
         assert found.result.layers == layout.layers
 

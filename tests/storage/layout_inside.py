@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from remetal.errors import RefusedError
-from remetal.layout.apply import apply_step, need_step_programs
+from remetal.layout.apply import apply_step, need_step_programs, opened_site
 from remetal.layout.disks import check_capturable, describe_use, find_disks
 from remetal.layout.inventory import probe_inventory
 from remetal.layout.model import FileSystem, Layout, Raw, Swap
@@ -69,9 +69,9 @@ def restore_onto_larger_disk() -> None:
     source = Source(SOURCE, layout)
     program("pvcreate", "--quiet", "--yes", TARGET)
     target = probe_target(TARGET, size_if_missing=0)
-    assert (target.content, target.uses, target.is_file) == ("LVM2_member", (), False)
+    assert (target.content, target.uses, target.is_file) == ("LVM physical volume", (), False)
     plan = make_plan(source)
-    assert any("LVM2_member" in text for text in plan.warnings)
+    assert any("LVM physical volume" in text for text in plan.warnings)
     need_step_programs(plan.steps)
     assert source.apply(plan, TARGET) > 0
     program("udevadm", "settle")
@@ -89,13 +89,16 @@ def restore_onto_larger_disk() -> None:
     flush_cache(TARGET)
     assert make_plan(source).id == plan.id
     rest = [step for step in plan.steps if not isinstance(step, WriteImage)]
-    assert sum(apply_step(step, {"ubda": TARGET}) for step in rest) == 0, "a second run wrote something"
+    with opened_site(plan.result, {"ubda": TARGET}) as site:
+        assert sum(apply_step(step, site) for step in rest) == 0, "a second run wrote something"
 
 
 def make_plan(source: Source) -> Plan:
     """Plan the source onto the target."""
     target = probe_target(TARGET, size_if_missing=0)
-    return plan_restore(source.layout, source.images(), {"ubda": target}, snapshot="s", options=PlanOptions())
+    return plan_restore(
+        source.layout, source.images(), {"ubda": target}, snapshot="s", options=PlanOptions(), overwrite=[str(TARGET)]
+    )
 
 
 def uses_through_every_layer() -> None:

@@ -13,18 +13,10 @@ import pytest
 
 from remetal.errors import RefusedError
 from remetal.events import Event, Note, Warn
-from remetal.layout.model import (
-    FileSystem,
-    GptTable,
-    Layout,
-    MbrTable,
-    Raw,
-    Swap,
-    decode_layout,
-    encode_layout,
-)
+from remetal.layout.model import FileSystem, GptTable, Layout, MbrTable, Raw, Swap, spaces_of
 from remetal.layout.plan import Plan, PlanOptions, plan_restore
 from remetal.layout.probe import probe_layout
+from remetal.layout.record import decode_layout, encode_layout
 from remetal.layout.targets import probe_target
 from remetal.system.blockdev import Span
 from remetal.system.loop import attach_loop
@@ -57,7 +49,9 @@ def mbr(tmp_path_factory: pytest.TempPathFactory) -> Source:
 def plan_onto(source: Source, target: Path, options: PlanOptions = GROW) -> Plan:
     disk = source.layout.disks[0]
     found = probe_target(target, size_if_missing=disk.size)
-    return plan_restore(source.layout, source.images(), {disk.name: found}, snapshot="s", options=options)
+    return plan_restore(
+        source.layout, source.images(), {disk.name: found}, snapshot="s", options=options, overwrite=[found.path]
+    )
 
 
 def sfdisk(path: Path) -> list[dict[str, Any]]:
@@ -102,7 +96,7 @@ def test_gpt_disk_is_described_as_sfdisk_and_blkid_do(gpt: Source) -> None:
     for partition, other in zip(table.partitions, known[1:], strict=True):
         assert (partition.start, partition.size) == (other["start"] * 512, other["size"] * 512)
         assert (partition.type, partition.uuid, partition.name) == (other["type"], other["uuid"], other["name"])
-    kinds = {layer.on: getattr(layer, "type", type(layer).__name__) for layer in gpt.layout.layers}
+    kinds = {spaces_of(layer)[0]: getattr(layer, "type", type(layer).__name__) for layer in gpt.layout.layers}
     assert kinds == {
         "gpt.img": "GptTable",
         "gpt.img:1": "",
@@ -165,9 +159,9 @@ def test_larger_target(name: str, request: pytest.FixtureRequest, tmp_path: Path
     assert "No errors detected" in program("sfdisk", "--verify", target)
     check_file_systems(target, plan.result)
     found = probe_layout([target], names={target: source.layout.disks[0].name})
-    ours = {layer.on: layer for layer in plan.result.layers}
+    ours = {spaces_of(layer): layer for layer in plan.result.layers}
     for layer in found.layers:
-        expected = ours[layer.on]
+        expected = ours[spaces_of(layer)]
         if isinstance(layer, GptTable) and isinstance(expected, GptTable):
             assert layer.partitions == expected.partitions
         elif isinstance(layer, FileSystem) and isinstance(expected, FileSystem):
@@ -275,7 +269,7 @@ def test_whole_disk_file_system(tmp_path: Path) -> None:
     disk = blank(tmp_path / "data.img", 64 * MIB)
     program("mkfs.ext4", "-q", "-L", "data", disk)
     source = Source(disk, probe_layout([disk]))
-    assert [(layer.on, type(layer)) for layer in source.layout.layers] == [("data.img", FileSystem)]
+    assert [(spaces_of(layer), type(layer)) for layer in source.layout.layers] == [(("data.img",), FileSystem)]
     target = blank(tmp_path / "new.img", 100 * MIB)
     program("sfdisk", "-q", target, data="label: gpt\nsize=20MiB\n,\n")
     plan = plan_onto(source, target)

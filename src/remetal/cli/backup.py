@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from remetal.cli.options import Output, Repo
+from remetal.cli.options import LuksKeyFiles, LuksPassphrases, Output, Repo, find_asker, read_luks_keys
 from remetal.cli.output import print_result, reporting
 from remetal.cli.tables import escape
 from remetal.ids import short
@@ -35,6 +35,17 @@ def backup(
         tuple[str, ...],
         Parameter(name=["--tag", "-t"], help="A word kept with the snapshot; may be repeated.", negative=""),
     ] = (),
+    luks_passphrase_file: LuksPassphrases = (),
+    luks_key_file: LuksKeyFiles = (),
+    escrow_luks_keys: Annotated[
+        bool,
+        Parameter(
+            name="--escrow-luks-keys",
+            negative="",
+            help="Store the volume keys of LUKS containers, too, sealed to the repository's recipients: a restore then "
+            "opens them without a passphrase.",
+        ),
+    ] = False,
     output: Output = Output(),
 ) -> None:
     """Capture whole disks into a new snapshot: partitions, boot code, and the used blocks of every file system.
@@ -42,10 +53,22 @@ def backup(
     Only blocks that the repository does not hold yet are stored. No passphrase is needed, and none would help: the
     machine can add to its backups but cannot read them. Volumes must be unmounted or mounted read-only.
 
+    RAID arrays and LVM volume groups are opened for reading, and so are LUKS containers for which there is a key, or
+    which are open already. On a terminal the passphrases of others are asked for. A LUKS container that nobody can
+    open is captured as it is, encrypted and whole.
+
     Example: `remetal backup --repo /mnt/usb/backup --disk /dev/sda`
     """
     with reporting(output) as report:
-        result = back_up(BackupRequest(repository=repo, disks=disk, machine=machine, tags=tag), report)
+        request = BackupRequest(
+            repository=repo,
+            disks=disk,
+            machine=machine,
+            tags=tag,
+            keys=read_luks_keys(luks_passphrase_file, luks_key_file),
+            escrow=escrow_luks_keys,
+        )
+        result = back_up(request, report, ask=find_asker("capture it as it is, encrypted and whole"))
     snapshot = result.snapshot
     record = {
         "snapshot": snapshot.id,

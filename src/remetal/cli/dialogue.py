@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from getpass import getpass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from remetal import __version__
-from remetal.cli.options import Output
-from remetal.cli.output import print_error, reporting
+from remetal.cli.options import Output, type_luks_passphrase
+from remetal.cli.output import clean, print_error, reporting
 from remetal.cli.recovery import as_failure, end_machine, frame, logged, say
 from remetal.errors import RefusedError, RemetalError
 from remetal.ids import short
@@ -26,6 +28,8 @@ from remetal.units import format_bytes, format_duration
 from remetal.workflows.recover import Found, Recovery, leave_log, recover
 
 if TYPE_CHECKING:
+    from remetal.layout.model import Disk, Layout, Luks
+    from remetal.layout.plan import Target
     from remetal.repository import Snapshot
     from remetal.workflows.restore import Prepared
 
@@ -135,7 +139,7 @@ def _restore(repositories: Sequence[tuple[AttachedVolume, str]], log: Path, outp
     recovery = Recovery(Found(answer, "the dialogue"))
     with logged(log), reporting(output) as report:
         try:
-            recover(recovery, _agree, report)
+            recover(recovery, _agree, report, ask=_ask_passphrase)
         except (RemetalError, KeyboardInterrupt) as error:
             say("", *frame("Recovery failed", as_failure(error), recovery), "")
             leave_log(recovery, log.read_bytes(), report)
@@ -159,10 +163,13 @@ def _make_answer(repositories: Sequence[tuple[AttachedVolume, str]]) -> Answer:
     passphrase = getpass("Passphrase: ")
     kit = None if passphrase else _ask("File with the recovery kit (usb:LABEL/path, or a path): ")
     snapshot = _choose_snapshot(volume, path, passphrase, kit)
+    targets = _choose_targets(snapshot, volume)
     return Answer(
         repository=place,
         snapshot=snapshot.id,
-        map=_choose_targets(snapshot),
+        map=targets.mapping,
+        without=tuple(targets.without),
+        overwrite=tuple(targets.overwrite),
         passphrase=passphrase or None,
         kit_file=kit,
         pause=0,
@@ -186,17 +193,82 @@ def _choose_snapshot(volume: AttachedVolume, path: str, passphrase: str, kit: st
     return latest[_choose("Restore which snapshot? The newest comes first.", lines, back=True)]
 
 
-def _choose_targets(snapshot: Snapshot) -> dict[str, str]:
-    """Ask for a target for every disk of the snapshot; nobody is asked about the only possibility twice."""
-    from remetal.layout.model import decode_layout
+@dataclass(slots=True)
+class _Targets:
+    """Source disk = path of its target, source disks that are left out, and targets that were named twice."""
 
-    mapping: dict[str, str] = {}
-    for source in decode_layout(snapshot.layout).disks:
-        free = [disk for disk in probe_disks() if str(disk.path) not in mapping.values()]
+    mapping: dict[str, str] = field(default_factory=dict)
+    without: list[str] = field(default_factory=list)
+    overwrite: list[str] = field(default_factory=list)
+
+
+def _choose_targets(snapshot: Snapshot, repository: AttachedVolume) -> _Targets:
+    """Ask for a target for every disk of the snapshot that is not blank. The repository's disks are not offered."""
+    from remetal.layout.record import decode_layout
+    from remetal.layout.targets import probe_target
+
+    layout = decode_layout(snapshot.layout)
+    sources = [disk for disk in layout.disks if layout.layer_on(disk.name) is not None]
+    kept = _disks_of_volume(repository)
+    disks = {disk.path: disk for disk in probe_disks()}
+    free = {path: probe_target(path, size_if_missing=0) for path in disks if path.name not in kept}
+    chosen = _Targets()
+    for source in sources:
         title = f"Onto which disk shall '{source.name}' ({format_bytes(source.size)}, {source.model or 'no model'}) go?"
-        chosen = free[_choose(title, [describe_disk(disk) for disk in free], back=True)]
-        mapping[source.name] = str(chosen.path)
-    return mapping
+        lines = [f"{describe_disk(disks[path])}, {target.content or 'blank'}" for path, target in free.items()]
+        if len(chosen.without) < len(sources) - 1:
+            lines.append("None: leave it out")
+        if not lines:
+            raise RefusedError(
+                f"this machine has no disk for '{source.name}'",
+                hint="Attach one, then choose 'Restore a machine' again.",
+            )
+        number = _choose(title, lines, back=True)
+        if number == len(free):
+            chosen.without.append(source.name)
+            continue
+        path = list(free)[number]
+        target = free.pop(path)
+        if _must_be_named_twice(layout, source, target):
+            _ask_for_name(path)
+            chosen.overwrite.append(str(path))
+        chosen.mapping[source.name] = str(path)
+    return chosen
+
+
+def _disks_of_volume(volume: AttachedVolume) -> set[str]:
+    """Return the kernel names of the disks that a volume is on."""
+    from remetal.layout.uses import disks_of_number
+
+    number = volume.device.stat().st_rdev
+    return disks_of_number((os.major(number), os.minor(number)))
+
+
+def _must_be_named_twice(layout: Layout, source: Disk, target: Target) -> bool:
+    """Say what would be lost on a target, and whether there is such. Raises RefusedError for one that must not be."""
+    from remetal.layout.matching import find_refusals, is_own
+
+    own = is_own(layout, source, target)
+    for reason, hint in find_refusals(target, [target.path], own=own):
+        raise RefusedError(reason, hint=hint)
+    reasons = [reason for reason, _ in find_refusals(target, [], own=own)]
+    say(*(f"{clean(reason)}." for reason in reasons))
+    return bool(reasons)
+
+
+def _ask_for_name(disk: Path) -> None:
+    """Let a person name a disk a second time. Raises _BackError if they do not."""
+    typed = _ask(f"If all of it may be lost, type the disk's name, {disk.name}; anything else goes back: ")
+    if typed not in {disk.name, str(disk)}:
+        raise _BackError
+
+
+def _ask_passphrase(container: Luks, wrong: int) -> bytes:
+    """Ask for the passphrase of an encrypted container. Raises _BackError if there is none."""
+    typed = type_luks_passphrase(container, wrong, enter="go back")
+    if typed is None:
+        raise _BackError
+    return typed
 
 
 def _agree(prepared: Prepared) -> None:
@@ -222,9 +294,9 @@ def _choose(title: str, choices: Sequence[str], *, back: bool = False) -> int:
     """Ask for one of the choices and return its index. Raises _BackError if `back` and the person wants that."""
     if not choices:
         raise RefusedError("there is nothing to choose from")
-    say(title)
+    say(clean(title))
     for number, choice in enumerate(choices, start=1):
-        say(f"  {number:>2}  {choice}")
+        say(f"  {number:>2}  {clean(choice)}")
     if back:
         say("   0  Back")
     while True:

@@ -138,9 +138,10 @@ def reporting(output: Output) -> Iterator[Report]:
 
 @contextmanager
 def _bars() -> Iterator[Report]:
+    """Draw bars while something goes on that has an end; in between, the terminal is free for questions."""
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bars
 
     console = Console(stderr=True, highlight=False)
@@ -151,25 +152,32 @@ def _bars() -> Iterator[Report]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Bars(*columns, console=console, transient=True, refresh_per_second=4) as bars:
-        tasks = {}
+    bars = Bars(*columns, console=console, transient=True, refresh_per_second=4)
+    tasks: dict[str, TaskID] = {}
 
-        def show(event: Event) -> None:
-            match event:
-                case Step(title):
-                    console.print(f"[bold]==>[/bold] {escape(clean(title))}")
-                case Note(text):
-                    console.print(f"    {escape(clean(text))}")
-                case Warn(text, hint):
-                    console.print(f"[yellow]warning:[/yellow] {escape(clean(_sentences(text, hint)))}")
-                case Progress(part, done, total):
-                    if part not in tasks:
-                        tasks[part] = bars.add_task(escape(clean(part)), total=total)
-                    bars.update(tasks[part], completed=done, total=total)
-                    if done >= total:
-                        bars.remove_task(tasks.pop(part))
+    def show(event: Event) -> None:
+        match event:
+            case Step(title):
+                console.print(f"[bold]==>[/bold] {escape(clean(title))}")
+            case Note(text):
+                console.print(f"    {escape(clean(text))}")
+            case Warn(text, hint):
+                console.print(f"[yellow]warning:[/yellow] {escape(clean(_sentences(text, hint)))}")
+            case Progress(part, done, total):
+                if part not in tasks:
+                    bars.start()
+                    tasks[part] = bars.add_task(escape(clean(part)), total=total)
+                bars.update(tasks[part], completed=done, total=total)
+                if done >= total:
+                    bars.remove_task(tasks.pop(part))
+                    if not tasks:
+                        bars.stop()
 
+    try:
         yield show
+    finally:
+        if tasks:
+            bars.stop()
 
 
 class _Lines:

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
 from cyclopts import Parameter
 
-from remetal.cli.options import Credentials, Machine, Output, Repo, find_secret, need_secret
+from remetal.cli.options import (
+    Credentials,
+    LuksKeyFiles,
+    LuksPassphrases,
+    Machine,
+    Output,
+    Repo,
+    find_asker,
+    find_secret,
+    need_secret,
+    read_luks_keys,
+)
 from remetal.cli.output import delivered, print_result, reporting, result_console
 from remetal.cli.tables import plan_record, plan_view, restore_lines
 from remetal.errors import RefusedError
@@ -17,40 +29,147 @@ from remetal.layout.plan import Plan
 from remetal.workflows.restore import RestoreRequest, apply_restore, prepared_restore
 
 SnapshotArgument = Annotated[str, Parameter(help="A snapshot id's first digits, or `latest`.", metavar="SNAPSHOT")]
-Map = Annotated[
-    tuple[str, ...],
-    Parameter(
-        name=["--map", "-m"],
-        help="Restore the snapshot's disk SOURCE onto TARGET, a block device or a disk file; may be repeated. "
-        "With one disk in the snapshot, TARGET alone will do.",
-        metavar="SOURCE=TARGET",
-        negative="",
-    ),
-]
-KeepSizes = Annotated[
-    bool,
-    Parameter(name="--keep-sizes", negative="", help="Leave additional space of a larger target free; grow nothing."),
-]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Choices:
+    """What a restore lets its user choose."""
+
+    map: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name=["--map", "-m"],
+            help="Restore the snapshot's disk SOURCE onto TARGET, a block device or a disk file; may be repeated. "
+            "With one disk in the snapshot, TARGET alone will do.",
+            metavar="SOURCE=TARGET",
+            negative="",
+        ),
+    ] = ()
+    machine: Machine = None
+    keep_sizes: Annotated[
+        bool,
+        Parameter(
+            name="--keep-sizes", negative="", help="Leave additional space of a larger target free; grow nothing."
+        ),
+    ] = False
+    grow: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name="--grow",
+            help="Let only the file system on this space (such as sda:2 or vg0/home) take additional space; may be "
+            "repeated. Default: the last one that can grow on each disk, and the largest in a volume group.",
+            metavar="SPACE",
+            negative="",
+        ),
+    ] = ()
+    without: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name="--without",
+            help="Leave this disk of the snapshot out; may be repeated. Arrays then run without it, and volume groups "
+            "are packed onto the disks that are left.",
+            metavar="DISK",
+            negative="",
+        ),
+    ] = ()
+    dissolve: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name="--dissolve",
+            help="Restore what this array (such as md/root) holds onto its first disk alone, without an array; may be "
+            "repeated.",
+            metavar="ARRAY",
+            negative="",
+        ),
+    ] = ()
+    only: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name="--only",
+            help="Restore this disk or volume of the snapshot (such as sda or sda:2) alone; may be repeated. A volume "
+            "goes into the partition that is there.",
+            metavar="DISK|VOLUME",
+            negative="",
+        ),
+    ] = ()
+    keep: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name="--keep",
+            help="Leave what is in this partition of the target (such as sda:4) as it is; may be repeated.",
+            metavar="PARTITION",
+            negative="",
+        ),
+    ] = ()
+    protect: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name="--protect",
+            help="Never write to this disk of the machine, whatever else is said; may be repeated.",
+            metavar="TARGET",
+            negative="",
+        ),
+    ] = ()
+    overwrite: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name="--overwrite",
+            help="Name a target a second time: what is on it now, and is not of this snapshot, may be lost; may be "
+            "repeated.",
+            metavar="TARGET",
+            negative="",
+        ),
+    ] = ()
+    luks_passphrase_file: LuksPassphrases = ()
+    luks_key_file: LuksKeyFiles = ()
+
+    def request(self, repo: str, snapshot: str, *, onto: str | None = None) -> RestoreRequest:
+        """Return what these choices ask for. Raises UsageError if a file cannot be read."""
+        return RestoreRequest(
+            repo,
+            snapshot,
+            self.machine,
+            self.map,
+            self.keep_sizes,
+            grow=self.grow,
+            without=self.without,
+            dissolve=self.dissolve,
+            only=self.only,
+            keep=self.keep,
+            protect=self.protect,
+            overwrite=self.overwrite,
+            keys=read_luks_keys(self.luks_passphrase_file, self.luks_key_file),
+            onto=onto,
+        )
 
 
 def plan(
     snapshot: SnapshotArgument,
     *,
     repo: Repo,
-    map: Map = (),  # noqa: A002 - the option's name
-    machine: Machine = None,
-    keep_sizes: KeepSizes = False,
+    choices: Choices = Choices(),
+    onto: Annotated[
+        str | None,
+        Parameter(
+            name="--onto",
+            help="Plan onto another machine, of which this is the record (`remetal probe --json`).",
+            metavar="FILE",
+        ),
+    ] = None,
     credentials: Credentials = Credentials(),
     output: Output = Output(),
 ) -> None:
     """Show what a restore would do, and the plan's id. Nothing is touched.
 
-    Disks that no --map names are matched by WWN and serial number; never by their kernel name alone. A plan that can be
-    shown can be applied: `remetal restore SNAPSHOT --confirm PLAN_ID` with the same options.
+    Disks that no --map names are matched by WWN, by serial number, and where neither is known by size and bus; never by
+    their kernel name alone. What is not clear is refused, with the candidates. A plan that can be shown can be applied:
+    `remetal restore SNAPSHOT --confirm PLAN_ID` with the same options. One that was made with --onto has the same id
+    on the recorded machine itself.
 
     Example: `remetal plan latest --repo /mnt/usb/backup --map sda=/dev/nvme0n1`
     """
-    request = RestoreRequest(repo, snapshot, machine, map, keep_sizes)
+    request = choices.request(repo, snapshot, onto=onto)
     with (
         reporting(output) as report,
         prepared_restore(request, find_secret(credentials), report) as prepared,
@@ -62,8 +181,6 @@ def restore(
     snapshot: SnapshotArgument,
     *,
     repo: Repo,
-    map: Map = (),  # noqa: A002 - the option's name
-    machine: Machine = None,
     confirm: Annotated[
         str | None,
         Parameter(name="--confirm", help="Apply only if the plan still has this id.", metavar="PLAN_ID"),
@@ -78,7 +195,7 @@ def restore(
             name="--adapt", help="Fit boot loader, firmware entries and fstab to the target.", negative="--no-adapt"
         ),
     ] = True,
-    keep_sizes: KeepSizes = False,
+    choices: Choices = Choices(),
     credentials: Credentials = Credentials(),
     output: Output = Output(),
 ) -> None:
@@ -89,9 +206,10 @@ def restore(
 
     Example: `remetal restore latest --repo /mnt/usb/backup --map /dev/sda --confirm 4be1f03a`
     """
-    request = RestoreRequest(repo, snapshot, machine, map, keep_sizes)
+    request = choices.request(repo, snapshot)
     secret = need_secret(credentials)
-    with reporting(output) as report, prepared_restore(request, secret, report) as prepared:
+    ask = find_asker("restore nothing")
+    with reporting(output) as report, prepared_restore(request, secret, report, ask=ask) as prepared:
         if not output.json and not output.quiet:
             with delivered("Nothing was touched. Show the plan where it can be read, or restore with --quiet."):
                 for each in plan_view(prepared):

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from remetal.cli.options import Credentials, Machine, Output, Repo, find_secret
 from remetal.cli.output import print_result
 from remetal.cli.tables import inventory_lines, layout_table, snapshot_lines, snapshot_record
-from remetal.layout.model import decode_layout
+from remetal.layout.record import decode_layout
 from remetal.workflows.access import find_snapshot
 
 

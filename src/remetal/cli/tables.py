@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 from rich import markup
 from rich.console import RenderableType
 from rich.table import Table
 
-from remetal.cli.output import clean
+from remetal.cli.output import clean, result_console
+from remetal.cli.picture import draw_plan
 from remetal.ids import short
-from remetal.layout.model import FileSystem, GptTable, Inventory, Layout, MbrTable, Raw, SpaceId, Swap
+from remetal.layout.model import (
+    FileSystem,
+    GptTable,
+    Inventory,
+    Layout,
+    Luks,
+    MbrTable,
+    MdArray,
+    Raw,
+    SpaceId,
+    Swap,
+    VolumeGroup,
+    device_names,
+    is_extended,
+    spaces_of,
+)
 from remetal.repository import ImageRecord, KeyInfo, Snapshot
 from remetal.units import format_bytes, format_duration
 from remetal.workflows.restore import Prepared, RestoreReport
@@ -33,13 +49,13 @@ def _table(*columns: str, title: str | None = None) -> Table:
 
 
 def layout_table(layout: Layout, images: Sequence[ImageRecord] = ()) -> Table:
-    """Return disks, partitions and contents in the order in which they lie; with the sizes of captured images."""
+    """Return disks and what stands on them, one level deeper each time; with the sizes of captured images."""
     captured = {image.volume: image for image in images}
     table = _table("space", ">start", ">size", "content", "label", "uuid", *((">used", ">stored") if images else ()))
-    for space, indent in _spaces(layout):
+    for space, depth in _spaces(layout):
         _, start, size = layout.place(space)
-        content, label, uuid = _describe(layout, space)
-        row = [f"{indent}{escape(space)}", format_bytes(start) if start else "", format_bytes(size)]
+        content, label, uuid = describe_space(layout, space)
+        row = [f"{'  ' * depth}{escape(space)}", format_bytes(start) if start else "", format_bytes(size)]
         row += [content, escape(label), escape(uuid)]
         if images:
             image = captured.get(space)
@@ -48,26 +64,47 @@ def layout_table(layout: Layout, images: Sequence[ImageRecord] = ()) -> Table:
     return table
 
 
-def _spaces(layout: Layout) -> Iterable[tuple[SpaceId, str]]:
+def _spaces(layout: Layout) -> Iterator[tuple[SpaceId, int]]:
+    """Yield every space and its depth: what a container provides stands below the first of its members."""
     for disk in layout.disks:
-        yield disk.name, ""
-        table = layout.layer_on(disk.name)
-        if isinstance(table, (GptTable, MbrTable)):
-            if layout.layer_on(f"{disk.name}:boot") is not None:
-                yield f"{disk.name}:boot", "  "
-            for partition in sorted(table.partitions, key=lambda each: each.start):
-                yield f"{disk.name}:{partition.number}", "  "
+        yield from _spaces_from(layout, disk.name, 0)
 
 
-def _describe(layout: Layout, space: SpaceId) -> tuple[str, str, str]:
+def _spaces_from(layout: Layout, space: SpaceId, depth: int) -> Iterator[tuple[SpaceId, int]]:
+    yield space, depth
+    layer = layout.layer_on(space)
+    match layer:
+        case GptTable() | MbrTable():
+            if layout.layer_on(f"{space}:boot") is not None:
+                yield f"{space}:boot", depth + 1
+            for partition in sorted(layer.partitions, key=lambda each: each.start):
+                if is_extended(layer, partition):
+                    yield f"{space}:{partition.number}", depth + 1
+                else:
+                    yield from _spaces_from(layout, f"{space}:{partition.number}", depth + 1)
+        case MdArray() | VolumeGroup() | Luks() if spaces_of(layer)[0] == space:
+            for name in device_names(layer):
+                yield from _spaces_from(layout, name, depth + 1)
+        case _:
+            pass
+
+
+def describe_space(layout: Layout, space: SpaceId) -> tuple[str, str, str]:
     """Return content, label and UUID of what is on a space."""
     match layout.layer_on(space):
         case GptTable() as table:
             return "GPT partition table", "", table.disk_guid
         case MbrTable() as table:
             return "MBR partition table", "", table.signature
+        case MdArray() as array:
+            return f"{array.level} of {array.slots}", array.name, array.uuid
+        case VolumeGroup() as group:
+            return "LVM volume group", group.name, group.uuid
+        case Luks() as luks:
+            return f"LUKS{luks.version}", luks.label, luks.uuid
         case FileSystem() as found:
-            return found.type, found.label, found.uuid
+            many = f" on {len(found.parts)} devices" if len(found.parts) > 1 else ""
+            return f"{found.type}{many}", found.label, found.uuid
         case Swap() as swap:
             return "swap", swap.label, swap.uuid
         case Raw(type=kind):
@@ -150,12 +187,12 @@ def plan_view(prepared: Prepared) -> list[RenderableType]:
         targets.add_row(escape(name), escape(place), format_bytes(target.size), escape(now))
     volumes = _table("volume", "target", ">start", ">size", "content", "what happens")
     for fate in plan.fates:
-        disk, start, size = plan.result.place(fate.volume)
-        content, label, _ = _describe(plan.result, fate.volume)
+        _, start, size = plan.result.place(fate.volume)
+        content, label, _ = describe_space(plan.result, fate.volume)
         volumes.add_row(
             escape(fate.volume),
-            escape(plan.targets[disk.name].path),
-            format_bytes(start),
+            escape(", ".join(plan.targets[name].path for name in sorted(plan.result.disks_under(fate.volume)))),
+            format_bytes(start) if start else "",
             format_bytes(size),
             f"{content} {escape(label)}".strip(),
             escape(fate.text),
@@ -163,8 +200,10 @@ def plan_view(prepared: Prepared) -> list[RenderableType]:
     snapshot = prepared.snapshot
     head = escape(f"Restore of {snapshot.machine}, snapshot {short(snapshot.id)}, taken {_moment(snapshot.time)} UTC\n")
     notes = [f"[yellow]{escape(text)}[/yellow]" for text in plan.warnings] + [escape(text) for text in plan.notes]
-    tail = f"At most {format_bytes(plan.bytes_to_write)} to write. Plan [bold]{short(plan.id)}[/bold]\n"
-    return [head, targets, "", volumes, "", *notes, tail]
+    about = f"about {format_duration(plan.seconds)}"
+    tail = f"At most {format_bytes(plan.bytes_to_write)} to write, {about}. Plan [bold]{short(plan.id)}[/bold]\n"
+    picture = [escape(line) for line in draw_plan(prepared.layout, plan, result_console().width)]
+    return [head, targets, "", *picture, "", volumes, "", *notes, tail]
 
 
 def restore_lines(report: RestoreReport) -> str:

@@ -48,19 +48,27 @@ def capture_volume(
     *,
     volume: str,
     kind: str,
+    extents: Sequence[Extent] | None = None,
     previous: ImageRecord | None = None,
     report: Report = silent,
 ) -> ImageRecord:
     """Capture the used blocks of the volume at `span` into the session's repository.
 
-    `kind` is the content's type as blkid names it; `previous` is the image of the same volume in the snapshot
+    `kind` is the content's type as blkid names it; `extents` are what of it is used, where that is known already;
+    `previous` is the image of the same volume in the snapshot
     before, whose unchanged chunks need no look-up. Raises RemetalError if the disk or its file system cannot
     be read, and what the repository raises.
     """
-    extents = probe_used(span, kind, report=report)
+    if extents is None:
+        extents = probe_used(span, kind, report=report)
     batches = read_batches(span, extents, session.chunk_size, buffers=session.workers + 1, part=volume, report=report)
     with closing(batches):
         return session.write_image(volume, span.size, batches, previous=previous)
+
+
+def capture_bytes(session: Session, data: bytes, *, volume: str) -> ImageRecord:
+    """Capture bytes that stand on no disk, such as a key, as the image of `volume`."""
+    return session.write_image(volume, len(data), iter([Batch(0, memoryview(data), lambda: None)]))
 
 
 def plan_stretches(extents: Sequence[Extent], size: int, chunk_size: int, *, batch: int = BATCH) -> Iterator[Stretch]:

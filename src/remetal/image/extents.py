@@ -1,24 +1,30 @@
 """Which bytes of a volume are in use.
 
-Each file system's own tools tell what is free, on the authority of the library that the file system is kept with;
-everything else is used. A file system that was not unmounted cleanly may hold allocations that only its journal
-knows: then the map would lack blocks, so the whole volume counts as used.
+Each file system's own tools tell what is free, on the authority of the library that the file system is kept with; where
+no tool does, a reader of our own. Everything else is used. A file system that was not unmounted cleanly may hold
+allocations that only its journal knows: then the map would lack blocks, so the whole volume counts as used.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from remetal.errors import RemetalError
 from remetal.events import Report, Warn, silent
-from remetal.ondisk.fat import read_used
-from remetal.ondisk.regions import BadStructureError
+from remetal.ondisk import exfat, f2fs, fat, ntfs
+from remetal.ondisk.bitmaps import UncleanError
+from remetal.ondisk.btrfs import parse_btrfs, read_device_extents, used_ranges
+from remetal.ondisk.regions import BadStructureError, Read
 from remetal.system.blockdev import Span, open_disk
 from remetal.system.loop import open_device
 from remetal.system.run import ProgramFailedError, run
+
+_UNCLEAN = "was not unmounted cleanly"
+_CLEAN_IT = "Mount and unmount it once, or run its fsck, for a smaller and faster backup."
 
 
 class DoubtfulMapError(RemetalError):
@@ -38,17 +44,18 @@ class Extent:
         return self.start + self.size
 
 
-def _read_ext(device: Path) -> list[Extent] | None:
+def _read_ext(device: Path) -> list[Extent]:
     text = run(["dumpe2fs", device]).text
     state = re.search(r"^Filesystem state:\s+(.*)$", text, re.MULTILINE)
-    clean = state is not None and state[1].strip() == "clean" and "needs_recovery" not in text
-    return parse_ext_map(text) if clean else None
+    if state is None or state[1].strip() != "clean" or "needs_recovery" in text:
+        raise UncleanError(_UNCLEAN, hint=_CLEAN_IT)
+    return parse_ext_map(text)
 
 
-def _read_xfs(device: Path) -> list[Extent] | None:
+def _read_xfs(device: Path) -> list[Extent]:
     state = re.search(r"state: <(\w+)>", run(["xfs_logprint", "-t", device], allowed=(0, 1)).text)
     if state is None or state[1] != "CLEAN":
-        return None
+        raise UncleanError(_UNCLEAN, hint=_CLEAN_IT)
     fields = "print blocksize dblocks agblocks fdblocks"
     done = run(["xfs_db", "-r", "-c", "sb 0", "-c", fields, "-c", "freesp -d", device])
     if done.stderr.strip():
@@ -56,20 +63,25 @@ def _read_xfs(device: Path) -> list[Extent] | None:
     return parse_xfs_map(done.text)
 
 
-def _read_fat(device: Path) -> list[Extent]:
-    with open_disk(device) as disk:
-        try:
+def _reader(read_used: Callable[[Read, int], list[tuple[int, int]]]) -> Callable[[Path], list[Extent]]:
+    """Return a reader that needs no program."""
+
+    def read(device: Path) -> list[Extent]:
+        with open_disk(device) as disk:
             return [Extent(start, size) for start, size in read_used(disk.read, disk.size())]
-        except BadStructureError as error:
-            raise DoubtfulMapError(error.message) from error
+
+    return read
 
 
-_READERS: dict[str, Callable[[Path], list[Extent] | None]] = {
+_READERS: dict[str, Callable[[Path], list[Extent]]] = {
     **dict.fromkeys(("ext2", "ext3", "ext4"), _read_ext),
     "xfs": _read_xfs,
-    "vfat": _read_fat,
+    "vfat": _reader(fat.read_used),
+    "ntfs": _reader(ntfs.read_used),
+    "exfat": _reader(exfat.read_used),
+    "f2fs": _reader(f2fs.read_used),
 }
-"""How to learn the used blocks, by blkid's name for the file system; None for one that is not clean."""
+"""How to learn the used blocks, by blkid's name for the file system. UncleanError for one that was not put to rest."""
 
 
 def probe_used(span: Span, kind: str, *, report: Report = silent) -> list[Extent]:
@@ -85,24 +97,45 @@ def probe_used(span: Span, kind: str, *, report: Report = silent) -> list[Extent
         return whole
     with open_device(span) as device:
         try:
-            extents = reader(device)
-        except (ProgramFailedError, DoubtfulMapError):
+            return list(clip(reader(device), span.size))
+        except UncleanError as error:
+            report(
+                Warn(f"the {kind} on {span} {error.message}: all of it is captured, free blocks too", hint=error.hint)
+            )
+        except (ProgramFailedError, DoubtfulMapError, BadStructureError):
             report(
                 Warn(
                     f"the used blocks of the {kind} on {span} cannot be told: all of it is captured, free blocks too",
                     hint="Let its fsck look at it: if it is damaged, files may be lost already.",
                 )
             )
-            return whole
-    if extents is None:
-        report(
-            Warn(
-                f"the {kind} on {span} was not unmounted cleanly: all of it is captured, free blocks too",
-                hint="Mount and unmount it once, or run its fsck, for a smaller and faster backup.",
+    return whole
+
+
+def probe_used_spanning(parts: Mapping[int, Span], *, report: Report = silent) -> dict[int, list[Extent]]:
+    """Return the used extents of a btrfs on each of its devices, which are by their id in it; as `probe_used`."""
+    with ExitStack() as stack:
+        readers = {}
+        for number, span in parts.items():
+            disk = stack.enter_context(open_disk(span.path))
+            readers[number] = (disk.reader(span.start), span.size)
+        try:
+            superblocks = {number: parse_btrfs(*reader) for number, reader in readers.items()}
+            newest = max(superblocks.values(), key=lambda each: each.generation)
+            allocated = read_device_extents(readers, newest)
+        except BadStructureError as error:
+            report(
+                Warn(
+                    f"the used blocks of the btrfs on {next(iter(parts.values()))} cannot be told, so all of it is "
+                    f"captured: {error.message}",
+                    hint="Let `btrfs check` look at it: if it is damaged, files may be lost already.",
+                )
             )
-        )
-        return whole
-    return list(clip(extents, span.size))
+            return {number: [Extent(0, span.size)] for number, span in parts.items()}
+    return {
+        number: [Extent(start, size) for start, size in used_ranges(allocated[number], superblocks[number].device_size)]
+        for number in parts
+    }
 
 
 def parse_ext_map(text: str) -> list[Extent]:

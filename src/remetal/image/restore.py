@@ -26,6 +26,10 @@ GROUP = 4 * MIB
 """Bytes of the target that one worker compares and writes at once."""
 
 
+SMALL = 256 * MIB
+"""Bytes of an image that may be held in memory as a whole."""
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
     """What a restore of one image did, in bytes of the target."""
@@ -48,10 +52,26 @@ def restore_image(
 ) -> Written:
     """Make the bytes at `span` equal to the image, writing only chunks that differ; durable on return.
 
+    The span may be smaller than the image, as long as nothing but zeros and holes lies behind its end.
     Many chunks are in flight at once. Raises DamagedError if a chunk cannot be read back as it was stored,
     RemetalError if the target cannot be written; what was written stays, and the next call goes on from there.
     """
     return _walk(reader, image, span, part=part, workers=workers, report=report, writing=True)
+
+
+def read_image(reader: Reader, image: ImageRecord) -> bytes:
+    """Return the whole content of a small image, such as a LUKS header. Raises DamagedError."""
+    if not 0 < image.size <= SMALL:
+        raise DamagedError(f"the image of '{image.volume}' has {image.size} bytes, which cannot be")
+    data = bytearray(image.size)
+    for run in reader.runs(image):
+        for number, wanted in enumerate(run.ids, run.first):
+            if wanted != ZERO_ID:
+                place = number * image.chunk_size
+                data[place : place + image.chunk_size] = reader.read_chunk(wanted)
+    if len(data) != image.size:
+        raise DamagedError(f"the image of '{image.volume}' does not have the size that its record says")
+    return bytes(data)
 
 
 def verify_image(
@@ -77,8 +97,6 @@ def _walk(
     report: Report,
     writing: bool,
 ) -> Written:
-    if image.size > span.size:
-        raise DamagedError(f"the image of '{image.volume}' has {image.size} bytes, its place only {span.size}")
     workers = workers or os.cpu_count() or 1
     buffers = threading.local()
     result = Written()
@@ -130,8 +148,12 @@ def _bring(
     """Compare one group of chunks with the target and bring over those that differ."""
     start = group.first * image.chunk_size
     size = min(len(group.ids) * image.chunk_size, image.size - start)
+    room = min(size, span.size - start)
+    if room <= 0:
+        raise _too_long(image, span)
     view = buffer[:size]
-    disk.read_into(view, span.start + start)
+    disk.read_into(view[:room], span.start + start)
+    np.frombuffer(view, np.uint8)[room:] = 0
     written = 0
     for number, wanted in enumerate(group.ids):
         place = number * image.chunk_size
@@ -146,9 +168,15 @@ def _bring(
                     f"a chunk of '{image.volume}' has {len(content)} bytes instead of {len(piece)}",
                     hint="Run `remetal check --read-data`, and restore another snapshot if there is one.",
                 )
+            if any(content[max(room - place, 0) :]):
+                raise _too_long(image, span)
             piece[:] = content
-            disk.write(piece, span.start + start + place)
+            disk.write(piece[: max(room - place, 0)], span.start + start + place)
     return Written(compared=size, written=written)
+
+
+def _too_long(image: ImageRecord, span: Span) -> DamagedError:
+    return DamagedError(f"the image of '{image.volume}' holds data behind byte {span.size}, where its place ends")
 
 
 def _stands_there(reader: Reader, piece: memoryview, wanted: bytes) -> bool:

@@ -1,35 +1,53 @@
-"""Carrying out the steps of a plan, all but images. Every step looks first and may be repeated at any time."""
+"""Carrying out the steps of a plan, all but images. Every step looks first and may be repeated at any time.
+
+Containers that a step opens stay open for those that follow: a `Site` knows them, and closes them in the end.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 from remetal.errors import RefusedError, RemetalError
 from remetal.events import Report, Warn, silent
 from remetal.events import Step as Title
-from remetal.layout.layers import GROWING, encode_table, swap
-from remetal.layout.model import Swap
+from remetal.layout.keys import Key
+from remetal.layout.layers import GROWING, SPANNING, container_kind, encode_table, lvm, swap
+from remetal.layout.model import Container, Layout, SpaceId, Swap, device_names
+from remetal.layout.opened import members_of, span_of
+from remetal.layout.remake import apply_remake
 from remetal.layout.signatures import probe_signature
 from remetal.layout.steps import (
     ClearRange,
     ClearSignatures,
+    CopyFiles,
     CreateFile,
     GrowFileSystem,
+    GrowSpanning,
     MakeSwap,
+    OpenContainer,
+    RemakeFileSystem,
     Step,
+    TakeSnapshot,
     WriteBootCode,
     WriteImage,
     WriteTable,
 )
 from remetal.ondisk.regions import Piece
-from remetal.system.blockdev import DiskIO, Span, open_disk, reread_partitions
+from remetal.system.blockdev import DiskIO, Span, is_block_device, open_disk, reread_partitions
 from remetal.system.loop import attach_loop, probe_written
 from remetal.system.run import ProgramFailedError, need_programs, run
+from remetal.system.udev import kept_from_udev
 from remetal.units import KIB, format_bytes
+
+_OnDevice: TypeAlias = (
+    CreateFile | WriteTable | ClearRange | ClearSignatures | MakeSwap | GrowFileSystem | WriteBootCode
+)
 
 _BOOT_CODE = 440
 _PIECE = 64 * KIB
@@ -40,23 +58,101 @@ def need_step_programs(steps: Iterable[Step]) -> None:
     """Raise ProgramMissingError unless every program is there that these steps will call."""
     programs = {"blkid", "losetup"}
     for step in steps:
-        if isinstance(step, ClearSignatures):
-            programs.add("wipefs")
-        elif isinstance(step, MakeSwap):
-            programs.update(swap.PROGRAMS)
-        elif isinstance(step, GrowFileSystem):
-            programs.update(GROWING[step.type].PROGRAMS)
+        match step:
+            case ClearSignatures():
+                programs.add("wipefs")
+            case MakeSwap():
+                programs.update(swap.PROGRAMS)
+            case GrowFileSystem():
+                programs.update(GROWING[step.type].PROGRAMS)
+            case GrowSpanning():
+                programs.update(SPANNING[step.volume.type].PROGRAMS)
+            case OpenContainer():
+                programs.update(container_kind(step.container).PROGRAMS)
+            case RemakeFileSystem():
+                programs.update(step.remake.programs, ("wipefs",))
+            case _:
+                pass
     need_programs(*sorted(programs))
 
 
-def apply_step(step: Step, targets: Mapping[str, Path], *, report: Report = silent) -> int:
-    """Carry out one step on the targets, which are given by the source disks' names; return the bytes written.
+class Site:
+    """The targets while a plan is applied: the paths of the disks, and of every device that was opened so far."""
+
+    def __init__(self, layout: Layout, disks: Mapping[str, Path], keys: Sequence[Key], stack: ExitStack) -> None:
+        self.layout = layout
+        self.devices: dict[SpaceId, Path] = dict(disks)
+        self.keys = keys
+        self._stack = stack
+
+    def open(self, container: Container, *, make: bool) -> int:
+        """Make a container unless it stands there, and open it; return the bytes written.
+
+        Raises RefusedError if it does not stand there, and is not to be made.
+        """
+        kind = container_kind(container)
+        members = members_of(container, self.layout, self.devices)
+        made = kind.is_made(container, members)
+        if not made and not make:
+            raise RefusedError(
+                f"what should stand on {', '.join(members)} is not there as the snapshot has it",
+                hint="Restore the whole disk, without --only.",
+            )
+        written = 0 if made else kind.apply_container(container, members)
+        self.devices |= self._stack.enter_context(kind.open_container(container, members, self.keys, writable=True))
+        return written
+
+    def take(self, step: TakeSnapshot) -> None:
+        """Make a thin snapshot unless it is there, and open it."""
+        self.devices |= self._stack.enter_context(lvm.taken_snapshot(step.group, step.volume))
+
+    def span(self, space: SpaceId) -> Span:
+        """Return the bytes of a space."""
+        return span_of(space, self.layout, self.devices)
+
+
+@contextmanager
+def opened_site(layout: Layout, disks: Mapping[str, Path], keys: Sequence[Key] = ()) -> Iterator[Site]:
+    """Yield the targets for the length of a block; whatever steps open is closed when it is left, the last first.
+
+    Meanwhile udev is kept from activating what appears on them.
+    `layout` is as it will stand; `disks` are the targets, by the source disks' names.
+    """
+    with ExitStack() as stack:
+        for path in disks.values():
+            if is_block_device(path):
+                stack.enter_context(kept_from_udev(path))
+        yield Site(layout, disks, keys, stack)
+
+
+def apply_step(step: Step, site: Site, *, report: Report = silent) -> int:
+    """Carry out one step; return the bytes written.
 
     Zero if everything stood as it should. A file system that its own programs cannot let grow is reported and
     left as it was restored. Raises RemetalError if a target cannot be read or written. Images are not applied
     here: that needs the repository.
     """
-    path = targets[step.disk]
+    match step:
+        case OpenContainer():
+            report(Title(f"Opening {', '.join(device_names(step.container))}"))
+            return site.open(step.container, make=step.make)
+        case TakeSnapshot():
+            report(Title(f"Taking the snapshot {step.group.name}/{step.volume}"))
+            site.take(step)
+            return 0
+        case GrowSpanning():
+            return _grow_spanning(step, site, report)
+        case RemakeFileSystem():
+            report(Title(f"Making {step.volume.on} anew as {step.volume.type}"))
+            span = Span(site.devices[step.device], step.start, step.size)
+            return apply_remake(span, step.volume, step.remake)
+        case WriteImage() | CopyFiles():
+            raise AssertionError("images are written, and their files copied, by the image room")
+        case _:
+            return _apply_on_device(step, site.devices[step.device], report)
+
+
+def _apply_on_device(step: _OnDevice, path: Path, report: Report) -> int:
     match step:
         case CreateFile():
             return _create_file(path, step.size)
@@ -73,8 +169,6 @@ def apply_step(step: Step, targets: Mapping[str, Path], *, report: Report = sile
         case WriteBootCode():
             with open_disk(path, writable=True) as disk:
                 return _write_changed(disk, Piece(0, step.code))
-        case WriteImage():
-            raise AssertionError("images are written by the image room")
 
 
 def _create_file(path: Path, size: int) -> int:
@@ -159,6 +253,21 @@ def _grow(step: GrowFileSystem, span: Span, report: Report) -> int:
         report(
             Warn(
                 f"{step.volume} is restored but could not grow to {format_bytes(step.after)}: {error.message}",
+                hint="Let it grow when the restored system runs.",
+            )
+        )
+        return 0
+
+
+def _grow_spanning(step: GrowSpanning, site: Site, report: Report) -> int:
+    volume = step.volume
+    report(Title(f"Growing {volume.on} from {format_bytes(step.before)} to {format_bytes(volume.size)}"))
+    try:
+        return SPANNING[volume.type].apply_growth(volume, {space: site.span(space) for space in volume.spaces})
+    except ProgramFailedError as error:
+        report(
+            Warn(
+                f"{volume.on} is restored but could not grow to {format_bytes(volume.size)}: {error.message}",
                 hint="Let it grow when the restored system runs.",
             )
         )

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from remetal.errors import RefusedError
-from remetal.layout.identity import SYS
-from remetal.layout.model import Disk, GptTable, Layout, MbrTable, SpaceId, Swap
+from remetal.layout.identity import SYS, describe_disk, find_kernel_name, find_parts
+from remetal.layout.model import Disk, GptTable, Layout, Luks, MbrTable, MdArray, SpaceId, Swap, VolumeGroup
+from remetal.layout.sameness import are_paths
 from remetal.layout.uses import Use, describe_use, disks_of_number, numbers_of_mount, probe_swaps
 from remetal.system.blockdev import is_block_device, open_disk
 from remetal.system.mounts import probe_mounts
@@ -17,15 +18,38 @@ _SYSTEM_PLACES = frozenset({"/", "/usr", "/boot", "/boot/efi", "/efi", "/var", "
 
 
 def find_disks(sys: Path = SYS) -> list[Path]:
-    """Return all real disks of this machine, in the order of their names: no loop, RAM, optical or mapped ones."""
-    names = []
-    for folder in (sys / "block").iterdir():
-        virtual = "/devices/virtual/block/" in f"{folder.resolve()}/"
-        hidden = _number_in(folder / "hidden") or folder.name.startswith(_NO_DISKS)
-        boot_part = folder.name.startswith("mmcblk") and not folder.name[len("mmcblk") :].isdigit()
-        if not virtual and not hidden and not boot_part and _number_in(folder / "size"):
-            names.append(folder.name)
-    return [Path("/dev", name.replace("!", "/")) for name in sorted(names, key=lambda name: (len(name), name))]
+    """Return all real disks of this machine, in the order of their names: no loop, RAM, optical or mapped ones.
+
+    A multipath device is a disk, its paths are not; a volume of a firmware RAID (Intel, DDF) is one, its members
+    are not. Of several paths that nothing has joined, only the first counts.
+    """
+    return [_device(name) for name in find_disk_names(sys)]
+
+
+def find_disk_names(sys: Path = SYS) -> list[str]:
+    """Return the kernel names of all real disks, as `find_disks` does."""
+    names = {*_real_names(sys), *_find_stand_ins(sys)} - find_covered(sys).keys()
+    return sorted(names, key=_in_order)
+
+
+def find_covered(sys: Path = SYS) -> dict[str, str]:
+    """Return what another device stands for, and that device, by kernel names. Nobody may write to it by itself.
+
+    Such are the paths of a multipath device, the members of a firmware RAID, and further paths to a disk whose
+    first path is taken for it.
+    """
+    covered = {part: name for name, parts in _find_stand_ins(sys).items() for part in parts}
+    firsts: list[tuple[str, Disk]] = []
+    for name in _real_names(sys):
+        if name in covered:
+            continue
+        disk = describe_disk(name, sys)
+        first = next((other for other, known in firsts if are_paths(known, disk)), None)
+        if first is None:
+            firsts.append((name, disk))
+        else:
+            covered[name] = first
+    return covered
 
 
 def find_system_disks() -> list[Path]:
@@ -39,26 +63,31 @@ def find_system_disks() -> list[Path]:
     names = {disk for number in numbers for disk in disks_of_number(number)}
     for swap in probe_swaps():
         if is_block_device(swap):
-            names |= {disk for disk in _disks_of_device(swap) if Path("/dev", disk) in find_disks()}
-    disks = [disk for disk in find_disks() if disk.name in names]
+            names |= _disks_of_device(swap)
+    covered = find_covered()
+    own = {covered.get(name, name) for name in names}
+    disks = [_device(name) for name in find_disk_names() if name in own]
     if not disks:
         raise RefusedError("the running system uses no disk of its own", hint="Name the disks to back up with --disk.")
     return disks
 
 
-def check_capturable(layout: Layout, paths: Mapping[str, Path]) -> None:
+def check_capturable(layout: Layout, devices: Mapping[SpaceId, Path]) -> None:
     """Raise RefusedError if anything writes to the disks of a layout while they would be read, or one would lose bytes.
 
-    `paths` are the disks by name. Volumes that are mounted read-only or not at all, and active swap space, which
-    is not copied, do no harm. Neither do zeros behind the last whole sector of a disk file.
+    `devices` are the disks and the open devices by name. Volumes that are mounted read-only or not at all, and active
+    swap space, which is not copied, do no harm. Neither do containers that are open, nor zeros behind the last whole
+    sector of a disk file.
     """
     for disk in layout.disks:
-        _check_end(disk, paths[disk.name])
+        _check_end(disk, devices[disk.name])
     found = []
     for disk in layout.disks:
-        for use in describe_use(paths[disk.name]):
-            space = _space_at(layout, disk.name, use.start)
-            harmless = use.what == "swap" and isinstance(layout.layer_on(space), Swap)
+        for use in describe_use(devices[disk.name]):
+            space = _space_of(use, layout, devices, disk.name)
+            harmless = (use.what == "swap" and isinstance(layout.layer_on(space), Swap)) or (
+                use.what == "busy" and _holds_container(layout, disk.name)
+            )
             if not use.read_only and not harmless:
                 found.append(f"{space}: {use}" if space != disk.name else str(use))
     if found:
@@ -67,6 +96,38 @@ def check_capturable(layout: Layout, paths: Mapping[str, Path]) -> None:
             hint="Boot the recovery medium and back up from there, unmount it or remount it read-only "
             "(mount -o remount,ro PLACE), or back up a snapshot of it.",
         )
+
+
+def _find_stand_ins(sys: Path) -> dict[str, tuple[str, ...]]:
+    """Return every device that stands for others, and these."""
+    found = {name: find_parts(name, sys) for name in _names_with_size(sys)}
+    return {name: parts for name, parts in found.items() if parts}
+
+
+def _real_names(sys: Path) -> list[str]:
+    """Return the kernel names of everything that drives hardware, each path and each member by itself."""
+    names = []
+    for name in _names_with_size(sys):
+        folder = sys / "block" / name
+        virtual = "/devices/virtual/block/" in f"{folder.resolve()}/"
+        hidden = _number_in(folder / "hidden") or name.startswith(_NO_DISKS)
+        boot_part = name.startswith("mmcblk") and not name[len("mmcblk") :].isdigit()
+        if not virtual and not hidden and not boot_part:
+            names.append(name)
+    return names
+
+
+def _names_with_size(sys: Path) -> list[str]:
+    names = [folder.name for folder in (sys / "block").iterdir() if _number_in(folder / "size")]
+    return sorted(names, key=_in_order)
+
+
+def _device(name: str) -> Path:
+    return Path("/dev", name.replace("!", "/"))
+
+
+def _in_order(name: str) -> tuple[int, str]:
+    return len(name), name
 
 
 def _check_end(disk: Disk, path: Path) -> None:
@@ -83,6 +144,21 @@ def _check_end(disk: Disk, path: Path) -> None:
         )
 
 
+def _holds_container(layout: Layout, disk: str) -> bool:
+    """Whether something on a disk is open as a container: then the kernel holds the disk, and nobody writes to it."""
+    containers = (layer for layer in layout.layers if isinstance(layer, (MdArray, VolumeGroup, Luks)))
+    return any(disk in layout.disks_under(space) for layer in containers for space in layer.spaces)
+
+
+def _space_of(use: Use, layout: Layout, devices: Mapping[SpaceId, Path], disk: str) -> SpaceId:
+    """Return the space that is used: on the open device that it lies on, or as far as it is known on the disk."""
+    base = Path(use.base).resolve() if use.base else None
+    for name, path in devices.items():
+        if path.resolve() == base:
+            return _space_at(layout, name, use.offset)
+    return _space_at(layout, disk, use.start)
+
+
 def _space_at(layout: Layout, name: str, start: int) -> SpaceId:
     table = layout.layer_on(name)
     if isinstance(table, (GptTable, MbrTable)):
@@ -93,7 +169,7 @@ def _space_at(layout: Layout, name: str, start: int) -> SpaceId:
 
 
 def _disks_of_device(path: Path) -> set[str]:
-    folder = SYS / "class" / "block" / path.resolve().name / "dev"
+    folder = SYS / "class" / "block" / find_kernel_name(path) / "dev"
     if not folder.exists():
         return set()
     major, _, minor = folder.read_text().strip().partition(":")

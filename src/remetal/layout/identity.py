@@ -1,13 +1,17 @@
 """Who a disk is: model, serial number, world-wide name and bus, from sysfs.
 
-Sources: Linux Documentation/ABI (sysfs-block, sysfs-class-nvme), SPC-4 (vital product data page 80h).
+A disk that several paths lead to (multipath) and a volume that the firmware makes of several disks (Intel and DDF
+RAID) are each one disk here: the device that the kernel shows for it, never what it is made of.
+
+Sources: Linux Documentation/ABI (sysfs-block, sysfs-block-dm, sysfs-class-nvme), Documentation/admin-guide/md.rst,
+SPC-4 (vital product data page 80h), multipath(8).
 """
 
 from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from remetal.layout.model import Disk
@@ -17,6 +21,10 @@ from remetal.units import align_down
 SYS = Path("/sys")
 
 _WORLD_WIDE = re.compile(r"(?:naa|eui|uuid|nvme)\.(\S+)")
+_MULTIPATH = re.compile(r"mpath-(?:3([2356][0-9a-f]{15}|6[0-9a-f]{31})|\S+)")
+_VOLUME = re.compile(r"external:[/-]([^/]+)/.+")
+_CONTAINER = re.compile(r"external:([a-z]+)")
+_FIRMWARE_RAID = {"imsm": "Intel RAID volume", "ddf": "DDF RAID volume"}
 _BUSES = (
     ("/usb", "usb"),
     ("/nvme", "nvme"),
@@ -26,6 +34,8 @@ _BUSES = (
     ("/virtio", "virtio"),
     ("/uml-blkdev", "uml"),
     ("/xen", "xen"),
+    ("/vbd-", "xen"),
+    ("/ndbus", "nvdimm"),
 )
 
 
@@ -40,8 +50,20 @@ class Identity:
 
 
 def probe_identity(name: str, sys: Path = SYS) -> Identity:
-    """Read the identity of the disk with this kernel name. `sys` is where sysfs is mounted."""
+    """Read the identity of the disk with this kernel name. `sys` is where sysfs is mounted.
+
+    A multipath device has the identity of its paths.
+    """
     block = sys / "block" / name
+    joined = _MULTIPATH.fullmatch(_text(block / "dm/uuid"))
+    if joined:
+        path = next((probe_identity(each, sys) for each in find_parts(name, sys)), Identity())
+        return replace(path, wwn=path.wwn or f"naa.{joined[1]}") if joined[1] else path
+    container = _find_container(block)
+    if container:
+        kind = _CONTAINER.fullmatch(_text(sys / "block" / container / "md/metadata_version"))
+        words = _FIRMWARE_RAID.get(kind[1] if kind else "", "firmware RAID volume")
+        return Identity(model=f"{words}, {_text(block / 'md/level')}", bus="md")
     place = str(block.resolve()).removeprefix(str(sys.resolve()))
     device = block / "device"
     wwid = _text(device / "wwid") or _text(block / "wwid")
@@ -57,13 +79,57 @@ def probe_identity(name: str, sys: Path = SYS) -> Identity:
     )
 
 
+def find_parts(name: str, sys: Path = SYS) -> tuple[str, ...]:
+    """Return the kernel names of the disks that a disk is reached by or made of: nothing for an ordinary one.
+
+    They are the paths of a multipath device, or the members of a RAID volume that the firmware defines. The
+    container of such volumes is no disk, and has none.
+    """
+    block = sys / "block" / name
+    if _MULTIPATH.fullmatch(_text(block / "dm/uuid")) or _find_container(block):
+        return tuple(sorted(each.name for each in (block / "slaves").glob("*")))
+    return ()
+
+
+def find_kernel_name(path: Path) -> str:
+    """Return the kernel's name of a block device, whatever node or link `path` is; else the path's last part."""
+    if is_block_device(path):
+        number = path.stat().st_rdev
+        place = SYS / "dev/block" / f"{os.major(number)}:{os.minor(number)}"
+        if place.exists():
+            return place.resolve().name
+    return path.resolve().name
+
+
+def find_own_name(name: str, sys: Path = SYS) -> str:
+    """Return what a layout calls the disk with this kernel name: `mpatha` for dm-0, `cciss_c0d0` for cciss!c0d0."""
+    return re.sub(r"[^A-Za-z0-9_.+@-]", "_", _text(sys / "block" / name / "dm/name") or name)
+
+
+def describe_disk(name: str, sys: Path = SYS) -> Disk:
+    """Describe the disk with this kernel name from sysfs alone, without opening it; sizes are in whole sectors."""
+    identity = probe_identity(name, sys)
+    folder = sys / "block" / name
+    logical = int(_text(folder / "queue/logical_block_size") or 512)
+    return Disk(
+        name=find_own_name(name, sys),
+        size=align_down(int(_text(folder / "size") or 0) * 512, logical),
+        logical_sector=logical,
+        physical_sector=int(_text(folder / "queue/physical_block_size") or logical),
+        model=identity.model,
+        serial=identity.serial,
+        wwn=identity.wwn,
+        bus=identity.bus,
+    )
+
+
 def probe_disk(path: Path, name: str) -> Disk:
     """Describe a block device or a disk file under the given name; sizes are in whole sectors.
 
     Raises RefusedError if there is no such disk.
     """
     geometry = probe_geometry(path)
-    identity = probe_identity(path.resolve().name) if is_block_device(path) else Identity()
+    identity = probe_identity(find_kernel_name(path)) if is_block_device(path) else Identity()
     return Disk(
         name=name,
         size=align_down(geometry.size, geometry.logical_sector),
@@ -82,6 +148,12 @@ def parse_serial_page(data: bytes) -> str:
         return ""
     length = int.from_bytes(data[2:4], "big")
     return data[4 : 4 + length].decode("ascii", "replace").strip(" \0")
+
+
+def _find_container(block: Path) -> str:
+    """Return the container of a RAID volume whose metadata belong to the firmware; empty for anything else."""
+    found = _VOLUME.fullmatch(_text(block / "md/metadata_version"))
+    return found[1] if found else ""
 
 
 def _usb_serial(place: Path) -> str:

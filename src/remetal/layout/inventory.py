@@ -6,10 +6,9 @@ import os
 import re
 from pathlib import Path
 
-from remetal.layout.disks import find_disks
-from remetal.layout.identity import SYS, probe_identity
+from remetal.layout.disks import find_disk_names
+from remetal.layout.identity import SYS, describe_disk
 from remetal.layout.model import Disk, Inventory, Nic
-from remetal.units import align_down
 
 PROC = Path("/proc")
 
@@ -36,23 +35,7 @@ def probe_inventory(sys: Path = SYS, proc: Path = PROC) -> Inventory:
 
 def probe_disks(sys: Path = SYS) -> tuple[Disk, ...]:
     """Describe all real disks of this machine, without opening them."""
-    return tuple(_probe_disk("!".join(path.parts[2:]), sys) for path in find_disks(sys))
-
-
-def _probe_disk(name: str, sys: Path) -> Disk:
-    identity = probe_identity(name, sys)
-    folder = sys / "block" / name
-    logical = int(_text(folder / "queue/logical_block_size") or 512)
-    return Disk(
-        name=name.replace("!", "_"),
-        size=align_down(int(_text(folder / "size")) * 512, logical),
-        logical_sector=logical,
-        physical_sector=int(_text(folder / "queue/physical_block_size") or logical),
-        model=identity.model,
-        serial=identity.serial,
-        wwn=identity.wwn,
-        bus=identity.bus,
-    )
+    return tuple(describe_disk(name, sys) for name in find_disk_names(sys))
 
 
 def probe_nics(sys: Path = SYS) -> tuple[Nic, ...]:

@@ -1,38 +1,31 @@
 """The layout of a machine's storage, frozen and typed. It is stored in every snapshot.
 
-A *space* is a range of bytes that a layer can stand on; each has an id. A disk's space is named like the
-disk (`sda`, `m.img`); a partition table provides `sda:1`, `sda:2`, … and `sda:boot` (the sectors between the
-table and the first partition, where boot loaders live). A *layer* stands on one space (arrays and volume groups:
-on several) and is either a table, which provides further spaces, or a volume: a leaf with content.
+A *space* is a range of bytes that a layer can stand on; each has an id. A *device* is a space with a path of its
+own: a disk (`sda`, `m.img`), or what a container provides when it is opened: an array (`md/root`), a logical volume
+(`vg0/home`), the plain side of a LUKS container (`sda:3:luks`). A partition table on a device provides ranges of it:
+`sda:1`, `md/root:1`, … and `sda:boot` (the sectors between the table and the first partition, where boot loaders live).
 
-Sizes and positions are in bytes. A layout comes from a repository that somebody may have tampered with, so
-`check_layout` refuses whatever the rest of remetal would not expect.
+A *layer* stands on one space or on several. It is a table, a container, or a volume: a leaf with content.
+
+Sizes and positions are in bytes. A layout comes from a repository that somebody may have tampered with:
+`record.check_layout` refuses whatever the rest of remetal would not expect.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import TypeAlias
 
 import msgspec
 
-from remetal.errors import DamagedError
+from remetal.layout.making import Making
 
 SpaceId: TypeAlias = str
 
-MAX_DISK = 1 << 63
-MAX_PARTITIONS = 1024
 EFI_SYSTEM = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
 BIOS_BOOT = "21686148-6449-6E6F-744E-656564454649"
 PREP_BOOT = "9E1A2D38-C612-4316-AA26-8B49521E5A8B"
-SWAP_PAGES = frozenset({4096, 8192, 16384, 32768, 65536})
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+:@-]{0,254}")
-_GUID = re.compile(r"[0-9A-F]{8}-(?:[0-9A-F]{4}-){3}[0-9A-F]{12}")
-_HEX_BYTE = re.compile(r"[0-9a-f]{2}")
-_SIGNATURE = re.compile(r"[0-9a-f]{8}")
-_KIND = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
-_IDENTITY = re.compile(r"[0-9A-Za-z-]{0,64}")
 
 
 class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,8 +45,16 @@ class Disk(Struct, frozen=True, kw_only=True):
     bus: str = ""
 
 
+class Device(Struct, frozen=True, kw_only=True):
+    """A space with a path of its own: a disk, or what a container provides. `name` is its space's id."""
+
+    name: SpaceId
+    size: int
+    logical_sector: int = 512
+
+
 class Partition(Struct, frozen=True, kw_only=True):
-    """One entry of a partition table; `start` and `size` are in bytes from the disk's start.
+    """One entry of a partition table; `start` and `size` are in bytes from the device's start.
 
     GPT: `type` and `uuid` are upper-case GUIDs, `attributes` the 64-bit field, `name` up to 36 UTF-16 units.
     MBR: `type` is two lower-case hexadecimal digits, `attributes` the status byte (0x80: active), the rest empty.
@@ -69,6 +70,11 @@ class Partition(Struct, frozen=True, kw_only=True):
     name: str = ""
     attributes: int = 0
     record: int = 0
+
+    @property
+    def end(self) -> int:
+        """The first byte behind the partition."""
+        return self.start + self.size
 
 
 class GptTable(Struct, frozen=True, kw_only=True, tag_field="layer", tag="gpt"):
@@ -95,6 +101,160 @@ class MbrTable(Struct, frozen=True, kw_only=True, tag_field="layer", tag="mbr"):
     """The first 440 bytes of the disk."""
 
 
+class ArrayMember(Struct, frozen=True, kw_only=True):
+    """A place in an array: the space that takes it ("" where it was missing) and its slot (-1: a spare).
+
+    Its data begin at byte `data_offset` of the space and may take up `data_size` bytes.
+    """
+
+    space: SpaceId
+    slot: int = -1
+    data_offset: int = 0
+    data_size: int = 0
+    write_mostly: bool = False
+    fail_fast: bool = False
+
+
+class MdArray(Struct, frozen=True, kw_only=True, tag_field="layer", tag="md"):
+    """A Linux MD array (md(4)). It provides the device `device`, such as `md/root`."""
+
+    device: SpaceId
+    size: int
+    members: tuple[ArrayMember, ...]
+    uuid: str
+    """As mdadm prints it: four groups of eight hexadecimal digits, with colons."""
+    level: str
+    """`raid0`, `raid1`, `raid4`, `raid5`, `raid6`, `raid10` or `linear`."""
+    metadata: str
+    """`0.90`, `1.0`, `1.1` or `1.2`."""
+    slots: int
+    """How many devices the array has when it is complete, spares aside."""
+    component_size: int = 0
+    """Bytes of each member that hold data; 0 where members may differ (raid0, linear)."""
+    layout: str = ""
+    """As mdadm(8) takes it: `left-symmetric`, `n2`, …; empty where the level has none."""
+    chunk: int = 0
+    bitmap: bool = False
+    bitmap_chunk: int = 0
+    name: str = ""
+    """As stored, `host:name`; metadata 0.90 has none."""
+    minor: int = -1
+    """The number that metadata 0.90 prefers: /dev/md0, …; -1 for others."""
+
+    @property
+    def spaces(self) -> tuple[SpaceId, ...]:
+        """The members that were there."""
+        return tuple(each.space for each in self.members if each.space)
+
+
+class PhysicalVolume(Struct, frozen=True, kw_only=True):
+    """A physical volume of a volume group; `space` is "" where it was missing.
+
+    `name` is the group's own for it (`pv0`); extents begin at byte `data_start` of the space. `metadata_copies` is how
+    many areas for the group's description it has: 0, 1 or 2.
+    """
+
+    space: SpaceId
+    name: str
+    uuid: str
+    data_start: int
+    extents: int
+    metadata_copies: int = 1
+
+
+class LogicalVolume(Struct, frozen=True, kw_only=True):
+    """A logical volume that the group shows. `kind` is its first segment's type: `striped`, `raid1`, `thin`, …
+
+    `pool` is the thin pool that a thin volume draws from, `origin` the volume that a snapshot was taken of;
+    `stripes` is how many extents of its physical volumes one of its own takes, in thousandths. `captured` is False
+    for what provides no content of its own: thin pools, and snapshots that are not carried.
+    """
+
+    name: str
+    uuid: str
+    size: int
+    kind: str
+    pool: str = ""
+    origin: str = ""
+    captured: bool = True
+
+
+class VolumeGroup(Struct, frozen=True, kw_only=True, tag_field="layer", tag="lvm"):
+    """An LVM volume group. It provides a device `NAME/VOLUME` for every captured logical volume."""
+
+    name: str
+    uuid: str
+    extent_size: int
+    members: tuple[PhysicalVolume, ...]
+    volumes: tuple[LogicalVolume, ...]
+    metadata: str
+    """The group's own description, as LVM keeps it (vgcfgbackup(8))."""
+
+    @property
+    def spaces(self) -> tuple[SpaceId, ...]:
+        """The physical volumes that were there."""
+        return tuple(each.space for each in self.members if each.space)
+
+    def volume(self, name: str) -> LogicalVolume:
+        """Return the logical volume of that name; KeyError if there is none."""
+        for each in self.volumes:
+            if each.name == name:
+                return each
+        raise KeyError(name)
+
+
+class Luks(Struct, frozen=True, kw_only=True, tag_field="layer", tag="luks"):
+    """A LUKS container that was opened when it was captured. It provides the device `SPACE:luks`.
+
+    Its header, key slots and all, is captured as the volume `SPACE:header`; where the volume key was put into escrow,
+    as `SPACE:key`. Content is captured as it stands inside, and encrypted again when it is written.
+    """
+
+    on: SpaceId
+    version: int
+    uuid: str
+    header_size: int
+    size: int
+    """Bytes of the plain side."""
+    fixed: bool = False
+    """Whether the header itself limits the size: else the plain side reaches to the end of the space."""
+    sector_size: int = 512
+    key_size: int
+    cipher: str
+    label: str = ""
+    key_slots: tuple[int, ...] = ()
+    tokens: tuple[str, ...] = ()
+    escrowed: bool = False
+
+    @property
+    def spaces(self) -> tuple[SpaceId, ...]:
+        """The one space that it stands on."""
+        return (self.on,)
+
+    @property
+    def device(self) -> SpaceId:
+        """The plain side."""
+        return f"{self.on}:luks"
+
+    @property
+    def header(self) -> SpaceId:
+        """The area of the header and its key slots."""
+        return f"{self.on}:header"
+
+    @property
+    def key(self) -> SpaceId:
+        """The volume that holds the volume key, where it is in escrow."""
+        return f"{self.on}:key"
+
+
+class Part(Struct, frozen=True, kw_only=True):
+    """One device of a file system that spans several: the space, its id there, and how many bytes of it count."""
+
+    space: SpaceId
+    number: int
+    size: int
+
+
 class FileSystem(Struct, frozen=True, kw_only=True, tag_field="layer", tag="filesystem"):
     """A file system whose used blocks are captured."""
 
@@ -108,6 +268,22 @@ class FileSystem(Struct, frozen=True, kw_only=True, tag_field="layer", tag="file
     uuid: str = ""
     label: str = ""
     features: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = ()
+    """All devices of one that spans several, the one named by `on` first; each has an image of its own."""
+    sector: int = 0
+    """The least that it reads and writes at once, where that is not a block."""
+    making: Making | None = None
+    """What it takes to make the like of it; None where remetal cannot, or an earlier one did not ask."""
+
+    @property
+    def spaces(self) -> tuple[SpaceId, ...]:
+        """The spaces that it stands on."""
+        return tuple(each.space for each in self.parts) or (self.on,)
+
+    @property
+    def needed_sector(self) -> int:
+        """The largest sector of a disk that it can lie on."""
+        return self.sector or self.block_size
 
 
 class Swap(Struct, frozen=True, kw_only=True, tag_field="layer", tag="swap"):
@@ -129,8 +305,20 @@ class Raw(Struct, frozen=True, kw_only=True, tag_field="layer", tag="raw"):
 
 
 Table: TypeAlias = GptTable | MbrTable
+Container: TypeAlias = MdArray | VolumeGroup | Luks
 Volume: TypeAlias = FileSystem | Swap | Raw
-Layer: TypeAlias = GptTable | MbrTable | FileSystem | Swap | Raw
+Layer: TypeAlias = GptTable | MbrTable | MdArray | VolumeGroup | Luks | FileSystem | Swap | Raw
+
+
+class Captured(Struct, frozen=True, kw_only=True):
+    """Something that has an image of its own: the image's name, which is a space, and at least how long it is.
+
+    `type` is blkid's name of a file system whose used blocks are captured; empty for all bytes.
+    """
+
+    volume: SpaceId
+    size: int
+    type: str = ""
 
 
 class Nic(Struct, frozen=True, kw_only=True):
@@ -160,13 +348,38 @@ class Inventory(Struct, frozen=True, kw_only=True):
     modaliases: tuple[str, ...] = ()
 
 
-class Layout(Struct, frozen=True, kw_only=True):
+class Layout(Struct, frozen=True, kw_only=True, dict=True):
     """Disks and the layers on them, parents before children. `inventory` is None for disk files."""
 
     disks: tuple[Disk, ...]
     layers: tuple[Layer, ...]
     inventory: Inventory | None = None
     version: int = 1
+
+    @cached_property
+    def devices(self) -> Mapping[SpaceId, Device]:
+        """All disks and all devices that containers provide, by name."""
+        found: dict[SpaceId, Device] = {
+            disk.name: Device(name=disk.name, size=disk.size, logical_sector=disk.logical_sector) for disk in self.disks
+        }
+        for layer in self.layers:
+            if isinstance(layer, (MdArray, VolumeGroup, Luks)):
+                for device in provided(layer, found):
+                    found[device.name] = device
+        return found
+
+    @cached_property
+    def _by_space(self) -> Mapping[SpaceId, Layer]:
+        return {space: layer for layer in reversed(self.layers) for space in spaces_of(layer)}
+
+    @cached_property
+    def _partitions(self) -> Mapping[SpaceId, tuple[SpaceId, int, int]]:
+        return {
+            f"{layer.on}:{each.number}": (layer.on, each.start, each.size)
+            for layer in self.layers
+            if isinstance(layer, (GptTable, MbrTable))
+            for each in layer.partitions
+        }
 
     def disk(self, name: str) -> Disk:
         """Return the disk of that name; KeyError if there is none."""
@@ -177,7 +390,7 @@ class Layout(Struct, frozen=True, kw_only=True):
 
     def layer_on(self, space: SpaceId) -> Layer | None:
         """Return the layer that stands on a space, or None for an empty one."""
-        return next((layer for layer in self.layers if layer.on == space), None)
+        return self._by_space.get(space)
 
     def volumes(self) -> Iterator[Volume]:
         """Yield the leaves, in the order in which they lie."""
@@ -185,28 +398,100 @@ class Layout(Struct, frozen=True, kw_only=True):
             if isinstance(layer, (FileSystem, Swap, Raw)):
                 yield layer
 
-    def captured(self) -> Iterator[FileSystem | Raw]:
-        """Yield the volumes whose content is in images: all but swap."""
-        for volume in self.volumes():
-            if not isinstance(volume, Swap):
-                yield volume
+    def captured(self) -> Iterator[Captured]:
+        """Yield everything that has an image, parents first: volumes except swap, and headers of LUKS containers."""
+        for layer in self.layers:
+            match layer:
+                case Raw():
+                    yield Captured(volume=layer.on, size=layer.size)
+                case FileSystem(parts=()):
+                    yield Captured(volume=layer.on, size=layer.size, type=layer.type)
+                case FileSystem():
+                    for part in layer.parts:
+                        yield Captured(volume=part.space, size=part.size, type=layer.type)
+                case Luks():
+                    yield Captured(volume=layer.header, size=layer.header_size)
+                    if layer.escrowed:
+                        yield Captured(volume=layer.key, size=layer.key_size)
+                case _:
+                    pass
 
-    def place(self, space: SpaceId) -> tuple[Disk, int, int]:
-        """Return the disk, first byte and size in bytes of a space; KeyError if there is no such space."""
-        name, _, part = space.rpartition(":") if ":" in space else (space, "", "")
-        disk = self.disk(name)
-        if not part:
-            return disk, 0, disk.size
-        table = self.layer_on(name)
-        if not isinstance(table, (GptTable, MbrTable)):
-            raise KeyError(space)
-        if part == "boot":
-            start, end = boot_area(table, disk.logical_sector)
-            return disk, start, end - start
-        for partition in table.partitions:
-            if str(partition.number) == part:
-                return disk, partition.start, partition.size
+    def place(self, space: SpaceId) -> tuple[Device, int, int]:
+        """Return the device, first byte and size in bytes of a space; KeyError if there is no such space."""
+        device = self.devices.get(space)
+        if device is not None:
+            return device, 0, device.size
+        if space in self._partitions:
+            name, start, size = self._partitions[space]
+            return self.devices[name], start, size
+        below, _, part = space.rpartition(":")
+        layer = self.layer_on(below) if below else None
+        if part == "boot" and isinstance(layer, (GptTable, MbrTable)):
+            device = self.devices[below]
+            start, end = boot_area(layer, device.logical_sector)
+            return device, start, end - start
+        if part == "header" and isinstance(layer, Luks):
+            device, start, _ = self.place(below)
+            return device, start, layer.header_size
         raise KeyError(space)
+
+    def disks_under(self, space: SpaceId) -> frozenset[str]:
+        """Return the names of the disks that a space's bytes lie on; KeyError if there is no such space."""
+        name = self.place(space)[0].name
+        below = self._providers.get(name)
+        if below is None:
+            return frozenset((name,))
+        return frozenset(disk for each in spaces_of(below) for disk in self.disks_under(each))
+
+    def provider_of(self, device: SpaceId) -> Container | None:
+        """Return the container that provides a device; None for a disk."""
+        return self._providers.get(device)
+
+    @cached_property
+    def _providers(self) -> Mapping[SpaceId, Container]:
+        return {
+            name: layer
+            for layer in self.layers
+            if isinstance(layer, (MdArray, VolumeGroup, Luks))
+            for name in device_names(layer)
+        }
+
+
+def spaces_of(layer: Layer) -> tuple[SpaceId, ...]:
+    """Return the spaces that a layer stands on."""
+    match layer:
+        case GptTable() | MbrTable() | Swap() | Raw():
+            return (layer.on,)
+        case _:
+            return layer.spaces
+
+
+def device_names(container: Container) -> tuple[SpaceId, ...]:
+    """Return the names of the devices that a container provides."""
+    match container:
+        case VolumeGroup():
+            return tuple(f"{container.name}/{each.name}" for each in container.volumes if each.captured)
+        case MdArray() | Luks():
+            return (container.device,)
+
+
+def provided(container: Container, devices: Mapping[SpaceId, Device]) -> Iterator[Device]:
+    """Yield the devices that a container provides; `devices` are those below it, as far as they are known."""
+    bases = [each for space in spaces_of(container) if (each := _device_under(space, devices)) is not None]
+    sector = max((each.logical_sector for each in bases), default=512)
+    match container:
+        case MdArray():
+            yield Device(name=container.device, size=container.size, logical_sector=sector)
+        case Luks():
+            yield Device(name=container.device, size=container.size, logical_sector=max(sector, container.sector_size))
+        case VolumeGroup():
+            for volume in container.volumes:
+                if volume.captured:
+                    yield Device(name=f"{container.name}/{volume.name}", size=volume.size, logical_sector=sector)
+
+
+def _device_under(space: SpaceId, devices: Mapping[SpaceId, Device]) -> Device | None:
+    return devices.get(space) or devices.get(space.rpartition(":")[0])
 
 
 def boot_area(table: Table, sector: int) -> tuple[int, int]:
@@ -222,169 +507,15 @@ def boot_area(table: Table, sector: int) -> tuple[int, int]:
     return start, max(start, min(first, 1 << 20))
 
 
-_ENCODER = msgspec.json.Encoder(order="deterministic")
-_DECODER = msgspec.json.Decoder(Layout)
-
-
-def encode_layout(layout: Layout) -> bytes:
-    """Return the layout as JSON, the same bytes for the same layout."""
-    return _ENCODER.encode(layout)
-
-
-def decode_layout(data: bytes) -> Layout:
-    """Parse and check a stored layout. Raises DamagedError for anything that remetal would not have written."""
-    try:
-        layout = _DECODER.decode(data)
-    except msgspec.MsgspecError as error:
-        raise DamagedError(f"the layout record is not valid: {error}", hint=_TAMPERED) from error
-    check_layout(layout)
-    return layout
-
-
-_TAMPERED = "The repository was damaged or tampered with; try another snapshot."
-
-
-def check_layout(layout: Layout) -> None:
-    """Raise DamagedError for hostile names or numbers: nothing in a checked layout can leave its disk."""
-    if layout.version != 1:
-        raise _damaged(f"is of version {layout.version}, which this remetal does not know")
-    names = [disk.name for disk in layout.disks]
-    if len(set(names)) != len(names):
-        raise _damaged("names a disk twice")
-    for disk in layout.disks:
-        _check_disk(disk)
-    seen: set[SpaceId] = set()
-    for layer in layout.layers:
-        if layer.on in seen:
-            raise _damaged(f"has two layers on {layer.on!r}")
-        seen.add(layer.on)
-        if isinstance(layer, (GptTable, MbrTable)):
-            if layer.on not in names:
-                raise _damaged(f"has a partition table on {layer.on!r}, which is no disk")
-            _check_table(layer, layout.disk(layer.on))
-        else:
-            _check_volume(layer, layout)
-
-
-def is_container(table: Table, partition: Partition) -> bool:
+def is_extended(table: Table, partition: Partition) -> bool:
     """Whether a partition only holds others: the extended partition of a DOS table. It carries no layer."""
     return isinstance(table, MbrTable) and partition.number <= 4 and partition.type in {"05", "0f", "85"}
 
 
-def table_end(table: Table, disk: Disk) -> int:
-    """Return the first byte behind the space that a table can give to partitions of this disk."""
+def table_end(table: Table, device: Disk | Device) -> int:
+    """Return the first byte behind the space that a table can give to partitions of this device."""
+    sector = device.logical_sector
     if isinstance(table, GptTable):
-        backup = disk.logical_sector + -(-table.entry_count * 128 // disk.logical_sector) * disk.logical_sector
-        return disk.size - disk.size % disk.logical_sector - backup
-    return min(disk.size, (1 << 32) * disk.logical_sector)
-
-
-def _damaged(what: str) -> DamagedError:
-    return DamagedError(f"the layout record {what}", hint=_TAMPERED)
-
-
-def _check_disk(disk: Disk) -> None:
-    if not _NAME.fullmatch(disk.name) or ":" in disk.name:
-        raise _damaged(f"has a disk with the impossible name {disk.name!r}")
-    good_sector = disk.logical_sector in {512, 1024, 2048, 4096}
-    if not good_sector or not 0 < disk.size < MAX_DISK or disk.size % disk.logical_sector:
-        raise _damaged(f"gives disk '{disk.name}' the impossible size {disk.size}")
-
-
-def _check_volume(volume: Volume, layout: Layout) -> None:
-    try:
-        disk, start, space = layout.place(volume.on)
-    except KeyError as error:
-        raise _damaged(f"has a layer on {volume.on!r}, which is nowhere") from error
-    if not 0 < volume.size <= space:
-        raise _damaged(f"has a volume of {volume.size} bytes on '{volume.on}', which has {space}")
-    table = layout.layer_on(disk.name)
-    containers = (
-        [f"{disk.name}:{each.number}" for each in table.partitions if is_container(table, each)]
-        if isinstance(table, MbrTable)
-        else []
-    )
-    if volume.on in containers or not _is_possible(volume) or start % disk.logical_sector:
-        raise _damaged(f"describes the volume on '{volume.on}' in an impossible way")
-
-
-def _is_possible(volume: Volume) -> bool:
-    if isinstance(volume, Raw):
-        return volume.type == "" or _matches(_KIND, volume.type)
-    if not _matches(_IDENTITY, volume.uuid) or "\0" in volume.label or len(volume.label) > 255:
-        return False
-    if isinstance(volume, Swap):
-        page = volume.page_size
-        return page in SWAP_PAGES and volume.size >= 10 * page and len(volume.label.encode()) <= 16
-    used, block = 0 <= volume.used <= volume.size, 0 < volume.block_size <= volume.size
-    return used and block and _matches(_KIND, volume.type)
-
-
-def _matches(pattern: re.Pattern[str], text: str) -> bool:
-    return pattern.fullmatch(text) is not None
-
-
-def _check_table(table: Table, disk: Disk) -> None:
-    numbers = {partition.number for partition in table.partitions}
-    if len(table.partitions) > MAX_PARTITIONS or len(numbers) != len(table.partitions):
-        raise _damaged(f"gives the partitions of '{disk.name}' impossible numbers")
-    if isinstance(table, GptTable):
-        _check_gpt(table, disk)
-    else:
-        _check_mbr(table, disk)
-
-
-def _check_gpt(table: GptTable, disk: Disk) -> None:
-    if not 1 <= table.entry_count <= MAX_PARTITIONS or len(table.protective_mbr) != 512:
-        raise _damaged(f"describes the partition table of '{disk.name}' in an impossible way")
-    start, end = boot_area(table, disk.logical_sector)[0], table_end(table, disk)
-    good = _matches(_GUID, table.disk_guid) and 0 <= table.first_usable <= end
-    if not good or table.first_usable % disk.logical_sector or end <= start:
-        raise _damaged(f"describes the partition table of '{disk.name}' in an impossible way")
-    for each in table.partitions:
-        good = _matches(_GUID, each.type) and _matches(_GUID, each.uuid) and "\0" not in each.name
-        good = good and len(each.name.encode("utf-16-le")) <= 72 and 0 <= each.attributes < 1 << 64
-        if not good or not 1 <= each.number <= table.entry_count or each.record:
-            raise _damaged(f"describes partition {each.number} of '{disk.name}' in an impossible way")
-    _check_apart(table.partitions, disk, max(start, table.first_usable), end)
-
-
-def _check_mbr(table: MbrTable, disk: Disk) -> None:
-    if not _matches(_SIGNATURE, table.signature) or len(table.boot_code) != 440:
-        raise _damaged(f"describes the partition table of '{disk.name}' in an impossible way")
-    for each in table.partitions:
-        good = _matches(_HEX_BYTE, each.type) and each.type != "00" and 0 <= each.attributes < 256
-        if not good or each.number < 1 or each.uuid or each.name or (each.record != 0) != (each.number > 4):
-            raise _damaged(f"describes partition {each.number} of '{disk.name}' in an impossible way")
-    primary = [each for each in table.partitions if each.number <= 4]
-    logical = sorted((each for each in table.partitions if each.number > 4), key=lambda each: each.number)
-    containers = [each for each in primary if is_container(table, each)]
-    _check_apart(primary, disk, disk.logical_sector, table_end(table, disk))
-    if len(containers) > 1 or (logical and not containers):
-        raise _damaged(f"gives '{disk.name}' an impossible extended partition")
-    if logical:
-        if [each.number for each in logical] != list(range(5, 5 + len(logical))):
-            raise _damaged(f"gives the partitions of '{disk.name}' impossible numbers")
-        _check_logical(logical, disk, containers[0])
-
-
-def _check_logical(logical: list[Partition], disk: Disk, container: Partition) -> None:
-    places = [each.record for each in logical]
-    if len(set(places)) != len(places) or container.start in places[1:]:
-        raise _damaged(f"gives two logical partitions of '{disk.name}' one record")
-    if any(each.record > each.start or each.type in {"05", "0f", "85"} for each in logical):
-        raise _damaged(f"gives a logical partition of '{disk.name}' an impossible record")
-    records = [
-        Partition(number=0, start=place, size=disk.logical_sector, type="")
-        for place in sorted({*places, container.start})
-    ]
-    _check_apart([*logical, *records], disk, container.start, container.start + container.size)
-
-
-def _check_apart(partitions: Iterable[Partition], disk: Disk, start: int, end: int) -> None:
-    free = start
-    for each in sorted(partitions, key=lambda each: each.start):
-        whole = each.start % disk.logical_sector == 0 and each.size % disk.logical_sector == 0
-        if not whole or not free <= each.start < each.start + each.size <= end:
-            raise _damaged(f"lets partition {each.number} of '{disk.name}' overlap another or leave its space")
-        free = each.start + each.size
+        backup = sector + -(-table.entry_count * 128 // sector) * sector
+        return device.size - device.size % sector - backup
+    return min(device.size, (1 << 32) * sector)

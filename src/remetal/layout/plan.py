@@ -8,32 +8,38 @@ under the same id.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
 
 import msgspec
 import msgspec.structs
 
 from remetal.errors import RefusedError, UsageError
-from remetal.layout.fitting import Fit, find_shortage, plan_fit
+from remetal.layout.estimate import estimate_seconds
+from remetal.layout.fitting import Fit, exact_bytes, plan_fit
 from remetal.layout.layers import encode_table
+from remetal.layout.matching import check_overwrite, find_refused
 from remetal.layout.model import (
-    MAX_DISK,
+    Captured,
     Disk,
     FileSystem,
     GptTable,
     Layout,
+    Luks,
     MbrTable,
+    MdArray,
     Raw,
     SpaceId,
     Struct,
     Swap,
-    Table,
-    check_layout,
+    VolumeGroup,
+    spaces_of,
     table_end,
 )
-from remetal.layout.sequence import Seat, plan_steps
-from remetal.layout.steps import ImageFacts, Step, WriteImage
+from remetal.layout.partial import check_choice, pinned_tables, selected_steps
+from remetal.layout.record import MAX_DISK, check_layout
+from remetal.layout.reshape import Reshaped, reshape
+from remetal.layout.sequence import plan_steps
+from remetal.layout.steps import CopyFiles, ImageFacts, MakeSwap, OpenContainer, Step, WriteImage
 from remetal.ondisk.regions import BadStructureError
 from remetal.units import MIB, format_bytes
 
@@ -43,7 +49,8 @@ __all__ = ["Fate", "ImageFacts", "Plan", "PlanOptions", "Step", "Target", "Write
 class Target(Struct, frozen=True, kw_only=True):
     """A disk or disk file that something may be restored onto, as it is now.
 
-    `content` describes what is on it ("" if it is blank); `uses` and `roles` are reasons never to write to it.
+    `content` describes what is on it ("" if it is blank), and `marks` are the ids that its content is known by
+    (`matching.find_marks`), `table` is its partition table; `uses` and `roles` are reasons not to write to it.
     `room` is how many bytes a disk file can hold before its file system is full; None for block devices.
     """
 
@@ -59,19 +66,35 @@ class Target(Struct, frozen=True, kw_only=True):
     wwn: str = ""
     bus: str = ""
     content: str = ""
+    marks: tuple[str, ...] = ()
+    table: GptTable | MbrTable | None = None
     uses: tuple[str, ...] = ()
     roles: tuple[str, ...] = ()
     room: int | None = None
 
 
 class PlanOptions(Struct, frozen=True, kw_only=True):
-    """`keep_sizes`: leave the additional space of a larger target free."""
+    """What the user chose.
+
+    `keep_sizes`: leave the additional space of a larger target free; `grow`: the only volumes that may take it;
+    `without`: source disks that are left out; `dissolve`: arrays whose content goes onto one disk; `only`: the volumes
+    to restore into the partitions that are there; `keep`: volumes that stay as they stand on the target.
+    """
 
     keep_sizes: bool = False
+    grow: tuple[SpaceId, ...] = ()
+    without: tuple[str, ...] = ()
+    dissolve: tuple[SpaceId, ...] = ()
+    only: tuple[SpaceId, ...] = ()
+    keep: tuple[SpaceId, ...] = ()
 
 
 class Fate(Struct, frozen=True, kw_only=True):
-    """What happens to one volume; `action` is `restored`, `grown` or `remade`, `text` says it to a person."""
+    """What happens to one volume or container; `text` says it to a person.
+
+    `action` is, for a volume, `restored`, `grown`, `copied` (file by file), `remade` (swap space), `kept` or `dropped`;
+    for a container, `made`, `opened` or `kept`.
+    """
 
     volume: SpaceId
     action: str
@@ -81,7 +104,8 @@ class Fate(Struct, frozen=True, kw_only=True):
 class Plan(Struct, frozen=True, kw_only=True):
     """A restore, step by step. `result` is the layout as it will stand, under the source disks' names.
 
-    `targets` are by source disk, `grown` the volumes whose file systems get larger; `bytes_to_write` is the most.
+    `targets` are by source disk, `grown` the volumes whose file systems get larger; `bytes_to_write` is the most,
+    `seconds` a rough guess of the time that it takes.
     """
 
     id: str
@@ -92,20 +116,11 @@ class Plan(Struct, frozen=True, kw_only=True):
     fates: tuple[Fate, ...]
     grown: tuple[SpaceId, ...]
     bytes_to_write: int
+    seconds: int
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     result: Layout
-
-
-@dataclass(frozen=True, slots=True)
-class _Disk:
-    """One disk's share of the plan."""
-
-    source: Disk
-    target: Target
-    result: Disk
-    fit: Fit
-    table: Table | None
+    moved: dict[SpaceId, SpaceId]
 
 
 def plan_restore(
@@ -115,8 +130,12 @@ def plan_restore(
     *,
     snapshot: str,
     options: PlanOptions,
+    overwrite: Collection[str] = (),
 ) -> Plan:
     """Plan the restore of a layout onto targets, which are given by the source disks' names.
+
+    `overwrite` holds the paths of targets that were named a second time: what is on them may be lost. It does not
+    change the plan, only whether there is one.
 
     Raises DamagedError for a hostile layout, UsageError if `targets` names a disk that it lacks, RefusedError,
     with all reasons and their numbers, if the restore is impossible or unsafe.
@@ -126,32 +145,72 @@ def plan_restore(
     if unknown:
         names = ", ".join(disk.name for disk in layout.disks)
         raise UsageError(f"the snapshot has no disk '{unknown[0]}'", hint=f"Its disks: {names}.")
-    _refuse(list(_find_obstacles(layout, images, targets)))
-    disks = [_plan_disk(layout, disk, targets[disk.name], options) for disk in layout.disks if disk.name in targets]
-    _refuse(list(_find_unwritable(disks)))
-    result = Layout(
-        disks=tuple(each.result for each in disks),
-        layers=tuple(layer for each in disks for layer in each.fit.layers),
+    _check_growth(layout, options)
+    shaped = reshape(layout, without=options.without, dissolve=options.dissolve)
+    source = shaped.layout
+    facts = {each.volume: _facts_of(each.volume, shaped, images) for each in source.captured()}
+    check_overwrite(targets, overwrite)
+    _refuse([*find_refused(layout, targets, overwrite), *_find_obstacles(source, facts, targets)])
+    chosen = {disk.name: targets[disk.name] for disk in source.disks if disk.name in targets}
+    disks = {name: _fitted(source.disk(name), target) for name, target in chosen.items()}
+    check_choice(source, options.only, options.keep)
+    current = {name: target.table for name, target in chosen.items()}
+    fit = plan_fit(
+        source,
+        disks,
+        keep_sizes=options.keep_sizes,
+        grow=options.grow,
+        repacked=shaped.repacked,
+        pinned=pinned_tables(source, current, (*options.only, *options.keep)),
     )
+    result = Layout(disks=tuple(disks.values()), layers=fit.layers)
+    _refuse(list(_find_unwritable(result)))
     check_layout(result)
-    seats = [Seat(each.result, each.target.size if each.target.is_file else None, each.fit) for each in disks]
-    steps = tuple(plan_steps(layout, seats, images))
-    used = sum(step.used for step in steps if isinstance(step, WriteImage))
-    _refuse(list(_find_full(disks, steps)))
-    chosen = {each.source.name: each.target for each in disks}
+    files = {name: target.size for name, target in chosen.items() if target.is_file}
+    known = {name: each for name, each in facts.items() if each is not None}
+    every = tuple(plan_steps(source, result, fit, files, known))
+    steps = tuple(selected_steps(every, result, options.only, options.keep))
+    used = sum(step.used for step in steps if isinstance(step, (WriteImage, CopyFiles)))
+    _refuse(list(_find_full(result, chosen, steps)))
     return Plan(
         id=_hash_plan(snapshot, layout, images, chosen, options, steps),
         snapshot=snapshot,
         options=options,
         targets=chosen,
         steps=steps,
-        fates=tuple(fate for each in disks for fate in _plan_fates(each)),
-        grown=tuple(space for each in disks for space in each.fit.grown),
+        fates=(*_plan_fates(result, fit, _written(steps)), *_plan_losses(shaped)),
+        grown=fit.grown,
         bytes_to_write=used,
-        notes=tuple(note for each in disks for note in _plan_notes(each)),
-        warnings=tuple(text for each in disks for text in _plan_warnings(each)),
+        seconds=estimate_seconds(steps, result, {name: target.bus for name, target in chosen.items()}),
+        notes=(*shaped.notes, *_plan_notes(source, result, fit, chosen)),
+        warnings=tuple(_plan_warnings(result, chosen)),
         result=result,
+        moved=dict(shaped.moved),
     )
+
+
+def _facts_of(space: SpaceId, shaped: Reshaped, images: Mapping[SpaceId, ImageFacts]) -> ImageFacts | None:
+    """Return what is known of the image that goes to a space; None if there is none."""
+    name = shaped.images.get(space, space)
+    facts = images.get(name)
+    return facts if facts is None or name == space else msgspec.structs.replace(facts, image=name)
+
+
+def _plan_losses(shaped: Reshaped) -> Iterator[Fate]:
+    for space in shaped.dropped:
+        yield Fate(volume=space, action="dropped", text="left out, because its disk is")
+
+
+def _check_growth(layout: Layout, options: PlanOptions) -> None:
+    """Raise UsageError if a volume that shall grow is none of the snapshot's, or if none may."""
+    volumes = [volume.on for volume in layout.volumes() if isinstance(volume, FileSystem)]
+    for space in options.grow:
+        if space not in volumes:
+            raise UsageError(
+                f"the snapshot has no file system on '{space}' that could grow", hint=f"It has: {', '.join(volumes)}."
+            )
+    if options.grow and options.keep_sizes:
+        raise UsageError("--grow and --keep-sizes exclude each other", hint="Give one of them.")
 
 
 def _refuse(reasons: list[tuple[str, str]]) -> None:
@@ -164,14 +223,17 @@ def _refuse(reasons: list[tuple[str, str]]) -> None:
 
 
 def _find_obstacles(
-    layout: Layout, images: Mapping[SpaceId, ImageFacts], targets: Mapping[str, Target]
+    layout: Layout, images: Mapping[SpaceId, ImageFacts | None], targets: Mapping[str, Target]
 ) -> Iterator[tuple[str, str]]:
     taken: dict[str, str] = {}
     for disk in layout.disks:
         target = targets.get(disk.name)
         if target is None:
             if layout.layer_on(disk.name) is not None:
-                yield f"there is no target for disk {disk.name}", f"Add --map {disk.name}=TARGET."
+                yield (
+                    f"there is no target for disk {disk.name}",
+                    f"Add --map {disk.name}=TARGET, or leave it out with --without {disk.name}.",
+                )
             continue
         if target.path in taken:
             yield (
@@ -179,61 +241,51 @@ def _find_obstacles(
                 "Map each to its own disk.",
             )
         taken[target.path] = disk.name
-        yield from _find_refusals(disk, target, layout)
+        yield from _find_refusals(disk, target)
     for volume in layout.captured():
-        facts = images.get(volume.on)
-        space = layout.place(volume.on)[2]
+        facts = images.get(volume.volume)
         if facts is None:
-            yield f"the snapshot has no image of volume {volume.on}", "Choose another snapshot."
-        elif not volume.size <= facts.size <= space:
+            yield f"the snapshot has no image of volume {volume.volume}", "Choose another snapshot."
+        elif not volume.size <= facts.size <= _most(layout, volume):
             yield (
-                f"the image of {volume.on} has {facts.size} bytes, its volume {volume.size}",
+                f"the image of {volume.volume} has {facts.size} bytes, its volume {volume.size}",
                 "Try another snapshot.",
             )
 
 
-def _find_refusals(disk: Disk, target: Target, layout: Layout) -> Iterator[tuple[str, str]]:
+def _most(layout: Layout, volume: Captured) -> int:
+    """Return how long an image may be: as its space, or as what it holds where that lies in no space."""
+    try:
+        return layout.place(volume.volume)[2]
+    except KeyError:
+        return volume.size
+
+
+def _find_refusals(disk: Disk, target: Target) -> Iterator[tuple[str, str]]:
     """Yield every reason not to write this disk onto this target."""
-    for use in target.uses:
-        yield f"{target.path} must not be overwritten: {use}", "Unmount it, switch it off, or choose another target."
-    for role in target.roles:
-        yield f"{target.path} must not be overwritten: it {role}", "Choose another target."
-    if not target.is_file and target.logical_sector != disk.logical_sector:
-        sectors = f"{target.path} has sectors of {target.logical_sector} bytes, {disk.name} had {disk.logical_sector}"
-        yield (
-            f"{sectors}: partition table and file systems cannot be written there as they are",
-            f"Choose a target with sectors of {disk.logical_sector} bytes.",
-        )
-        return
     if not disk.logical_sector <= target.size < MAX_DISK:
         yield f"{target.path} has the impossible size {target.size}", "Choose another target."
-        return
-    shortage = find_shortage(layout, disk, _fitted(disk, target))
-    if shortage is not None:
-        needed, there = _exact(shortage.needed), _exact(shortage.there)
-        short = _exact(shortage.needed - shortage.there)
-        yield (
-            f"{target.path} is too small: {shortage.what} needs {needed}, the target has {there}, short by {short}",
-            "Choose a larger target.",
-        )
 
 
-def _find_unwritable(disks: list[_Disk]) -> Iterator[tuple[str, str]]:
-    for each in disks:
-        if each.table is not None:
+def _find_unwritable(result: Layout) -> Iterator[tuple[str, str]]:
+    for layer in result.layers:
+        if isinstance(layer, (GptTable, MbrTable)):
+            device = result.devices[layer.on]
             try:
-                encode_table(each.table, each.result.size, each.result.logical_sector)
+                encode_table(layer, device.size, device.logical_sector)
             except BadStructureError as error:
-                yield f"the partition table of {each.source.name} cannot be written: {error.message}", ""
+                yield f"the partition table of {layer.on} cannot be written: {error.message}", ""
 
 
-def _find_full(disks: list[_Disk], steps: tuple[Step, ...]) -> Iterator[tuple[str, str]]:
-    for each in disks:
-        name, room = each.source.name, each.target.room
-        used = sum(step.used for step in steps if isinstance(step, WriteImage) and step.disk == name)
-        if room is not None and used > room:
+def _find_full(result: Layout, targets: Mapping[str, Target], steps: tuple[Step, ...]) -> Iterator[tuple[str, str]]:
+    images = [
+        (step.used, result.disks_under(step.device)) for step in steps if isinstance(step, (WriteImage, CopyFiles))
+    ]
+    for name, target in targets.items():
+        used = sum(size for size, disks in images if name in disks)
+        if target.room is not None and used > target.room:
             yield (
-                f"{each.target.path} may take up {_exact(used)}, but where it lies there is {_exact(room)}",
+                f"{target.path} may take up {exact_bytes(used)}, but where it lies there is {exact_bytes(target.room)}",
                 "Make room there, or choose another place.",
             )
 
@@ -253,44 +305,82 @@ def _fitted(source: Disk, target: Target) -> Disk:
     )
 
 
-def _plan_disk(layout: Layout, source: Disk, target: Target, options: PlanOptions) -> _Disk:
-    result = _fitted(source, target)
-    fit = plan_fit(layout, source, result, keep_sizes=options.keep_sizes)
-    table = next((layer for layer in fit.layers if isinstance(layer, (GptTable, MbrTable))), None)
-    return _Disk(source, target, result, fit, table)
+def _written(steps: tuple[Step, ...]) -> frozenset[SpaceId]:
+    """Return what the steps make or write: volumes, and the first spaces of containers."""
+    found = set()
+    for step in steps:
+        match step:
+            case OpenContainer():
+                found.add(spaces_of(step.container)[0])
+            case WriteImage() | CopyFiles() | MakeSwap():
+                found.add(step.volume)
+            case _:
+                pass
+    return frozenset(found)
 
 
-def _plan_fates(disk: _Disk) -> Iterator[Fate]:
-    for volume in disk.fit.layers:
-        if isinstance(volume, Swap):
-            text = "made anew at the end of the disk" if volume.on in disk.fit.moved else "made anew"
-            yield Fate(volume=volume.on, action="remade", text=text)
-        elif isinstance(volume, (FileSystem, Raw)):
-            grown = volume.on in disk.fit.grown
-            text = f"restored, then grown to {format_bytes(volume.size)}" if grown else "restored"
-            yield Fate(volume=volume.on, action="grown" if grown else "restored", text=text)
+def _plan_fates(result: Layout, fit: Fit, written: frozenset[SpaceId]) -> Iterator[Fate]:
+    for layer in result.layers:
+        if isinstance(layer, (GptTable, MbrTable)):
+            continue
+        if spaces_of(layer)[0] not in written and not (isinstance(layer, Luks) and layer.header in written):
+            yield Fate(volume=spaces_of(layer)[0], action="kept", text="left as it stands on the target")
+            continue
+        match layer:
+            case MdArray():
+                spaces = ", ".join(each.space or "a missing disk" for each in layer.members)
+                yield Fate(volume=layer.spaces[0], action="made", text=f"{layer.level} made anew of {spaces}")
+            case VolumeGroup():
+                spaces = ", ".join(each.space or "a missing disk" for each in layer.members)
+                yield Fate(volume=layer.spaces[0], action="made", text=f"{layer.name} made anew on {spaces}")
+            case Luks():
+                slots = len(layer.key_slots)
+                text = f"restored with its header and {slots} key slot{'' if slots == 1 else 's'}, then opened"
+                yield Fate(volume=layer.on, action="opened", text=text)
+            case Swap():
+                text = "made anew at the end of the disk" if layer.on in fit.moved else "made anew"
+                yield Fate(volume=layer.on, action="remade", text=text)
+            case FileSystem() if layer.on in fit.remade:
+                remake = fit.remade[layer.on]
+                how = "made anew and its files copied" if remake.method == "files" else "moved"
+                yield Fate(volume=layer.on, action="copied", text=f"{how}, because it does not fit as it is")
+            case FileSystem() | Raw():
+                grown = layer.on in fit.grown
+                text = f"restored, then grown to {format_bytes(layer.size)}" if grown else "restored"
+                yield Fate(volume=layer.on, action="grown" if grown else "restored", text=text)
+            case _:
+                pass
 
 
-def _plan_notes(disk: _Disk) -> Iterator[str]:
-    more = disk.result.size - disk.source.size
-    if more >= MIB and not disk.fit.grown and disk.fit.layers:
-        because = f", because {disk.fit.blocked_by} follows what could grow" if disk.fit.blocked_by else ""
-        yield f"{disk.target.path} is {format_bytes(more)} larger than {disk.source.name}; that stays free{because}"
-    for space in disk.fit.moved:
-        yield f"{space} moves to the end of {disk.target.path}, behind what grows; its UUID stays"
-    for volume in disk.fit.layers:
+def _plan_notes(layout: Layout, result: Layout, fit: Fit, targets: Mapping[str, Target]) -> Iterator[str]:
+    volumes = [volume for volume in result.volumes() if volume.on in fit.grown]
+    taken = {disk for volume in volumes for space in spaces_of(volume) for disk in result.disks_under(space)}
+    for name, target in targets.items():
+        more = result.disk(name).size - layout.disk(name).size
+        if more >= MIB and name not in taken and layout.layer_on(name) is not None:
+            because = f", because {fit.blocked[name]} follows what could grow" if name in fit.blocked else ""
+            yield f"{target.path} is {format_bytes(more)} larger than {name}; that stays free{because}"
+    for space in fit.moved:
+        device = result.place(space)[0].name
+        place = targets[device].path if device in targets else device
+        yield f"{space} moves to the end of {place}, behind what grows; its UUID stays"
+    for volume in result.volumes():
+        for loss in fit.remade[volume.on].losses if volume.on in fit.remade else ():
+            yield f"{volume.on}: {loss}"
         if isinstance(volume, Swap):
             yield f"{volume.on} is swap space, made anew with its UUID; what was swapped out does not come back"
 
 
-def _plan_warnings(disk: _Disk) -> Iterator[str]:
-    if disk.target.content:
-        yield f"what is on {disk.target.path} now will be overwritten: {disk.target.content}"
-    if isinstance(disk.table, MbrTable):
-        end = table_end(disk.table, disk.result)
-        if end < disk.result.size:
-            rest = format_bytes(disk.result.size - end)
-            yield f"a DOS partition table cannot use the last {rest} of {disk.target.path}"
+def _plan_warnings(result: Layout, targets: Mapping[str, Target]) -> Iterator[str]:
+    for name, target in targets.items():
+        if target.content:
+            yield f"what is on {target.path} now will be overwritten: {target.content}"
+        table = result.layer_on(name)
+        if isinstance(table, MbrTable):
+            end = table_end(table, result.disk(name))
+            if end < result.disk(name).size:
+                rest = format_bytes(result.disk(name).size - end)
+                yield f"a DOS partition table cannot use the last {rest} of {target.path}"
 
 
 def _hash_plan(
@@ -303,13 +393,10 @@ def _hash_plan(
 ) -> str:
     """Return 32 hexadecimal digits; what is on a target, and whether its file exists, do not count."""
     identities = {
-        name: msgspec.structs.replace(target, exists=True, content="", room=None) for name, target in targets.items()
+        name: msgspec.structs.replace(target, exists=True, content="", marks=(), table=None, room=None)
+        for name, target in targets.items()
     }
     record = msgspec.json.encode(
         [snapshot, layout, dict(images), identities, options, list(steps)], order="deterministic"
     )
     return hashlib.blake2b(record, digest_size=16, person=b"remetal plan 1").hexdigest()
-
-
-def _exact(count: int) -> str:
-    return f"{format_bytes(count)} ({count} bytes)" if count >= 1024 else format_bytes(count)

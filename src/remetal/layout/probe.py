@@ -1,11 +1,17 @@
-"""Reading the layout of disks and disk files, without the kernel's help for partitions: they are spans."""
+"""Reading the layout of disks and disk files, without the kernel's help for partitions: they are spans.
+
+What stands on a disk is read from its own structures, which works for disk files on any kernel. Looking *inside* an
+array, a volume group or an encrypted container needs the kernel: `opened_layout` opens them for the length of a block,
+`probe_layout` does not.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
@@ -14,50 +20,75 @@ import msgspec.structs
 from remetal.errors import DamagedError, RefusedError
 from remetal.events import Note, Report, Warn, silent
 from remetal.layout.identity import probe_disk
-from remetal.layout.layers import TABLES, VOLUMES, probe_volume
-from remetal.layout.layers.contract import Content
+from remetal.layout.keys import Key
+from remetal.layout.layers import GROUPS, TABLES, VOLUMES, foreign, probe_volume
+from remetal.layout.layers.contract import CannotOpenError, Content, Found
 from remetal.layout.model import (
     BIOS_BOOT,
+    Container,
+    Device,
     Disk,
+    FileSystem,
     Layer,
     Layout,
+    MdArray,
     Partition,
     Raw,
+    SpaceId,
     Table,
     Volume,
     boot_area,
-    check_layout,
-    is_container,
+    device_names,
+    is_extended,
 )
+from remetal.layout.opened import open_container
+from remetal.layout.record import check_layout, check_table
 from remetal.layout.signatures import Signature, probe_signature
 from remetal.layout.uses import is_same_disk
-from remetal.ondisk.regions import BadStructureError, Read
+from remetal.ondisk.regions import BadStructureError
 from remetal.system.blockdev import DiskIO, Span, flush_cache, is_block_device, open_disk
 
-_WHOLE_DISK = re.compile(r".*_raid_member")
+_FOREIGN_ARRAY = re.compile(r"(?!linux_).*_raid_member")
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """A layout and the paths of its disks and open devices, by name.
+
+    `problems` are sentences, each with a hint, about containers that lack members: they are described as raw bytes.
+    """
+
+    layout: Layout
+    devices: Mapping[SpaceId, Path]
+    problems: tuple[tuple[str, str], ...] = ()
 
 
 def probe_layout(paths: Sequence[Path], *, names: Mapping[Path, str] | None = None, report: Report = silent) -> Layout:
-    """Describe the disks at `paths`, in their order, and all layers on them.
+    """Describe the disks at `paths`, in their order, and all layers on them that can be told without opening any.
 
-    Disks are named after the kernel's or the file's name, or as `names` says. What remetal does not know is
-    described as raw bytes, which are carried whole, and reported. Raises RefusedError if a disk cannot be
-    opened or is empty.
+    Disks are named after the kernel's or the file's name, or as `names` says. Members of containers, and what remetal
+    does not know, are described as raw bytes, which are carried whole, and reported. Raises RefusedError if a disk
+    cannot be opened or is empty.
     """
-    disks: list[Disk] = []
-    layers: list[Layer] = []
-    for path, name in name_disks(paths, names or {}).items():
-        flush_cache(path)
-        disk = probe_disk(path, name)
-        if disk.size == 0:
-            raise RefusedError(f"{path} is empty: it has no sectors", hint="Name a whole disk or a disk file.")
-        with open_disk(path) as io:
-            disk, found = _probe_layers(io, disk, report)
-        disks.append(disk)
-        layers += found
-    layout = Layout(disks=tuple(disks), layers=tuple(layers))
-    check_layout(layout)
-    return layout
+    with ExitStack() as stack:
+        return _Walk(stack, report).probe(name_disks(paths, names or {}), opening=None).layout
+
+
+@contextmanager
+def opened_layout(
+    paths: Sequence[Path],
+    *,
+    keys: Sequence[Key] = (),
+    names: Mapping[Path, str] | None = None,
+    report: Report = silent,
+) -> Iterator[Probed]:
+    """Describe disks and everything on them, inside containers too, which stay open for the length of the block.
+
+    `keys` open encrypted containers. What cannot be opened is described as raw bytes and reported. Nothing on a disk
+    is changed. Raises RefusedError if a disk cannot be opened or is empty.
+    """
+    with ExitStack() as stack:
+        yield _Walk(stack, report).probe(name_disks(paths, names or {}), opening=keys)
 
 
 def name_disks(paths: Sequence[Path], names: Mapping[Path, str]) -> dict[Path, str]:
@@ -82,40 +113,142 @@ def name_disks(paths: Sequence[Path], names: Mapping[Path, str]) -> dict[Path, s
     return found
 
 
-def _probe_layers(io: DiskIO, disk: Disk, report: Report) -> tuple[Disk, list[Layer]]:
-    """Return the disk, whose sector size may turn out otherwise in a disk file, and the layers on it."""
-    whole = Span(io.path, 0, disk.size)
+class _Walk:
+    """Goes from the disks upwards, opening one container after the other until nothing new appears."""
+
+    def __init__(self, stack: ExitStack, report: Report) -> None:
+        self.stack = stack
+        self.report = report
+        self.disks: list[Disk] = []
+        self.layers: list[Layer] = []
+        self.devices: dict[SpaceId, Path] = {}
+        self.members: list[Content] = []
+        self.problems: list[tuple[str, str]] = []
+
+    def probe(self, disks: Mapping[Path, str], *, opening: Sequence[Key] | None) -> Probed:
+        """Describe the disks; containers are opened with the keys in `opening`, or not at all if that is None."""
+        for path, name in disks.items():
+            disk = probe_disk(path, name)
+            if disk.size == 0:
+                raise RefusedError(f"{path} is empty: it has no sectors", hint="Name a whole disk or a disk file.")
+            self._look_at(disk, path)
+        if opening is not None:
+            while self._open_next(opening):
+                pass
+        for member in self.members:
+            self.layers.append(_probe_raw(member.space, member.span.size, member.type, self.report))
+        check_layout(self._layout())
+        return Probed(self._layout(), self.devices, tuple(self.problems))
+
+    def _layout(self) -> Layout:
+        return Layout(disks=tuple(self.disks), layers=tuple(self.layers))
+
+    def _look_at(self, device: Disk | Device, path: Path) -> None:
+        """Describe what is on a disk or an opened device."""
+        flush_cache(path)
+        io = self.stack.enter_context(open_disk(path))
+        fitted, found = _probe_device(io, device, self.report)
+        if isinstance(fitted, Disk):
+            self.disks.append(fitted)
+        self.devices[device.name] = path
+        for each in found:
+            if isinstance(each, Content):
+                self.members.append(each)
+            else:
+                self.layers.append(each)
+
+    def _open_next(self, keys: Sequence[Key]) -> bool:
+        """Take one layer that the members form: a complete one, or else one that works without what is missing.
+
+        Returns False if there is none.
+        """
+        found = [each for kind in GROUPS for each in kind.probe_groups(self._members_of(kind.TYPES))]
+        chosen = next((each for each in found if each.layer is not None and each.complete), None)
+        chosen = chosen or next((each for each in found if each.layer is not None), None)
+        if chosen is not None:
+            self._take(chosen, keys)
+            return True
+        for each in found:
+            if each.lacks_members:
+                self.problems.append((each.problem, each.hint))
+            if each.problem:
+                self.report(Warn(each.problem, hint=each.hint))
+        return False
+
+    def _members_of(self, types: Sequence[str]) -> list[Content]:
+        return [member for member in self.members if member.type in types]
+
+    def _take(self, found: Found, keys: Sequence[Key]) -> None:
+        """Describe what members form, and look at the devices that it provides."""
+        taken = [member for member in self.members if member.space in found.spaces]
+        self.members = [member for member in self.members if member not in taken]
+        layer = found.layer
+        assert layer is not None
+        if found.problem:
+            self.report(Warn(found.problem, hint=found.hint))
+        if isinstance(layer, FileSystem):
+            self.layers.append(layer)
+            return
+        layer = self._with_own_name(layer)
+        try:
+            check_layout(Layout(disks=tuple(self.disks), layers=(*self.layers, layer)))
+            opened = self.stack.enter_context(open_container(layer, self._with(layer), self.devices, keys=keys))
+        except (CannotOpenError, DamagedError) as error:
+            self.report(Warn(f"{error.message}; it is captured whole, as it is", hint=error.hint))
+            for member in taken:
+                self.layers.append(Raw(on=member.space, size=member.span.size, type=member.type))
+            return
+        self.layers.append(layer)
+        known = self._layout().devices
+        for name, path in opened.items():
+            self._look_at(known[name], path)
+
+    def _with(self, layer: Container) -> Layout:
+        return Layout(disks=tuple(self.disks), layers=(*self.layers, layer))
+
+    def _with_own_name(self, layer: Container) -> Container:
+        """Return an array under a name that no other has; volume groups and the rest have names of their own."""
+        name, count = device_names(layer)[0] if device_names(layer) else "", 1
+        while isinstance(layer, MdArray) and layer.device in self.devices:
+            count += 1
+            layer = msgspec.structs.replace(layer, device=f"{name}-{count}")
+        return layer
+
+
+def _probe_device(io: DiskIO, device: Disk | Device, report: Report) -> tuple[Disk | Device, list[Layer | Content]]:
+    """Return the device, whose sector size may turn out otherwise in a disk file, and what is on it."""
+    whole = Span(io.path, 0, device.size)
     signature = probe_signature(whole)
-    if _WHOLE_DISK.fullmatch(signature.type):
-        return disk, [_probe_raw(disk.name, disk.size, signature.type, report)]
+    if _FOREIGN_ARRAY.fullmatch(signature.type):
+        return device, [_probe_raw(device.name, device.size, signature.type, report)]
     only_content = bool(signature.type) and not signature.table
     try:
-        found = None if only_content else _probe_table(io, disk)
+        found = None if only_content else _probe_table(io, device)
     except BadStructureError as error:
         report(
             Warn(
-                f"{disk.name} is captured whole, with its free space: {error.message}",
+                f"{device.name} is captured whole, with its free space: {error.message}",
                 hint="Repair the partition table (gdisk, sfdisk) for a smaller backup.",
             )
         )
-        return disk, [Raw(on=disk.name, size=disk.size, type=signature.table)]
+        return device, [Raw(on=device.name, size=device.size, type=signature.table)]
     if found is not None and not found[1].partitions and _is_boot_sector(io.read(0, 512)):
         report(
             Warn(
-                f"{disk.name} is captured whole: its first sector is that of a file system, which is damaged",
+                f"{device.name} is captured whole: its first sector is that of a file system, which is damaged",
                 hint="Check it with its own tools.",
             )
         )
-        return disk, [Raw(on=disk.name, size=disk.size)]
+        return device, [Raw(on=device.name, size=device.size)]
     if found is not None:
-        disk, table, problems = found
+        device, table, problems = found
         if table.partitions or not signature.type:
             for problem in problems:
-                report(Warn(f"{disk.name}: {problem}"))
-            return disk, [table, *_probe_spaces(io, disk, table, report)]
+                report(Warn(f"{device.name}: {problem}"))
+            return device, [table, *_probe_spaces(io, device, table, report)]
     if not signature.type and not signature.ambiguous and _has_no_data(io):
-        return disk, []
-    return disk, [_probe_content(io, whole, disk.name, signature, report)]
+        return device, []
+    return device, [_probe_content(io, whole, device.name, signature, report)]
 
 
 def _is_boot_sector(sector: bytes) -> bool:
@@ -123,21 +256,21 @@ def _is_boot_sector(sector: bytes) -> bool:
     return sector[0] == 0xE9 or (sector[0] == 0xEB and sector[2] == 0x90)
 
 
-def _probe_table(io: DiskIO, disk: Disk) -> tuple[Disk, Table, tuple[str, ...]] | None:
-    """Return the disk's table; that of a disk file is looked for with sectors of 512 and of 4096 bytes.
+def _probe_table(io: DiskIO, device: Disk | Device) -> tuple[Disk | Device, Table, tuple[str, ...]] | None:
+    """Return the device's table; that of a disk file is looked for with sectors of 512 and of 4096 bytes.
 
     Raises BadStructureError if there is one that cannot be trusted.
     """
-    sectors = [disk.logical_sector] if is_block_device(io.path) else [512, 4096]
+    sectors = [device.logical_sector] if is_block_device(io.path) else [512, 4096]
     failure: BadStructureError | None = None
     for kind in TABLES:
         for sector in sectors:
-            size = disk.size - disk.size % sector
-            fitted = msgspec.structs.replace(disk, logical_sector=sector, size=size)
+            size = device.size - device.size % sector
+            fitted = msgspec.structs.replace(device, logical_sector=sector, size=size)
             try:
-                found = kind.probe_table(io.read, size, sector, disk.name)
+                found = kind.probe_table(io.read, size, sector, device.name)
                 if found is not None:
-                    check_layout(Layout(disks=(fitted,), layers=(found[0],)))
+                    check_table(found[0], Device(name=device.name, size=size, logical_sector=sector))
                     return fitted, *found
             except BadStructureError as error:
                 failure = failure or error
@@ -148,30 +281,32 @@ def _probe_table(io: DiskIO, disk: Disk) -> tuple[Disk, Table, tuple[str, ...]] 
     return None
 
 
-def _probe_spaces(io: DiskIO, disk: Disk, table: Table, report: Report) -> Iterator[Volume]:
+def _probe_spaces(io: DiskIO, disk: Disk | Device, table: Table, report: Report) -> Iterator[Volume | Content]:
     start, end = boot_area(table, disk.logical_sector)
     if any(io.read(start, end - start)):
         yield Raw(on=f"{disk.name}:boot", size=end - start)
     for partition in sorted(table.partitions, key=lambda each: each.start):
-        if not is_container(table, partition):
+        if not is_extended(table, partition):
             yield _probe_partition(io, disk, partition, report)
 
 
-def _probe_partition(io: DiskIO, disk: Disk, partition: Partition, report: Report) -> Volume:
+def _probe_partition(io: DiskIO, disk: Disk | Device, partition: Partition, report: Report) -> Volume | Content:
     space, span = f"{disk.name}:{partition.number}", Span(io.path, partition.start, partition.size)
     if partition.type == BIOS_BOOT:
         return Raw(on=space, size=span.size)
     return _probe_content(io, span, space, probe_signature(span), report)
 
 
-def _probe_content(io: DiskIO, span: Span, space: str, signature: Signature, report: Report) -> Volume:
-    """Describe what is on a space; whatever is unknown, damaged or ambiguous as raw bytes."""
+def _probe_content(io: DiskIO, span: Span, space: str, signature: Signature, report: Report) -> Volume | Content:
+    """Describe what is on a space: a volume, or a member of a group; what is unknown or damaged as raw bytes."""
     if signature.ambiguous:
         report(Warn(f"{space} carries the marks of several contents and is captured whole"))
         return Raw(on=space, size=span.size)
+    content = Content(space, span, io.reader(span.start), signature.type, signature.label)
+    if any(signature.type in kind.TYPES for kind in GROUPS):
+        return content
     if signature.type not in VOLUMES:
         return _probe_raw(space, span.size, signature.type, report)
-    content = Content(space, span, _reader(io, span), signature.type, signature.label)
     try:
         volume = probe_volume(content)
         if volume.size > span.size:
@@ -195,15 +330,8 @@ def _probe_content(io: DiskIO, span: Span, space: str, signature: Signature, rep
 
 
 def _probe_raw(space: str, size: int, kind: str, report: Report) -> Raw:
-    report(Note(f"{space} holds {kind or 'unknown content'}, which is captured whole"))
+    report(Note(f"{space} holds {kind or 'unknown content'}, which is captured whole{foreign.describe(kind)}"))
     return Raw(on=space, size=size, type=re.sub(r"[^A-Za-z0-9_.+-]", "_", kind)[:64])
-
-
-def _reader(io: DiskIO, span: Span) -> Read:
-    def read(offset: int, size: int) -> bytes:
-        return io.read(span.start + offset, size)
-
-    return read
 
 
 def _has_no_data(io: DiskIO) -> bool:

@@ -1,35 +1,53 @@
-"""In which order the steps of a restore come. Pure."""
+"""In which order the steps of a restore come. Pure.
+
+Disk files, then tables and containers from the disks upwards, then volumes, and boot code last. What lies in a thin
+snapshot comes in a later wave than its origin, so that both share the blocks that are equal.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
 from remetal.layout.fitting import Fit
+from remetal.layout.layers.remaking import Remake
 from remetal.layout.model import (
     BIOS_BOOT,
     EFI_SYSTEM,
     PREP_BOOT,
-    Disk,
+    Captured,
+    Container,
+    Device,
     FileSystem,
     GptTable,
+    Layer,
     Layout,
+    Luks,
     MbrTable,
+    MdArray,
+    Raw,
     SpaceId,
     Swap,
     Table,
     Volume,
+    VolumeGroup,
     boot_area,
+    is_extended,
+    spaces_of,
     table_end,
 )
 from remetal.layout.steps import (
     ClearRange,
     ClearSignatures,
+    CopyFiles,
     CreateFile,
     GrowFileSystem,
+    GrowSpanning,
     ImageFacts,
     MakeSwap,
+    OpenContainer,
+    RemakeFileSystem,
     Step,
+    TakeSnapshot,
     WriteBootCode,
     WriteImage,
     WriteTable,
@@ -42,65 +60,132 @@ _EFI_TYPES = {EFI_SYSTEM, "ef"}
 _BOOT_TYPES = {BIOS_BOOT, PREP_BOOT, "41"}
 
 
-@dataclass(frozen=True, slots=True)
-class Seat:
-    """One disk as it will be: under its source's name, on its target; `file_size` if a disk file stands for it."""
-
-    disk: Disk
-    file_size: int | None
-    fit: Fit
-
-    @property
-    def table(self) -> Table | None:
-        """The partition table that the disk will have."""
-        return next((layer for layer in self.fit.layers if isinstance(layer, (GptTable, MbrTable))), None)
-
-
-def plan_steps(layout: Layout, seats: Sequence[Seat], images: Mapping[SpaceId, ImageFacts]) -> Iterator[Step]:
+def plan_steps(
+    source: Layout, result: Layout, fit: Fit, files: Mapping[str, int], images: Mapping[SpaceId, ImageFacts]
+) -> Iterator[Step]:
     """Yield all steps in the order of their application: whatever makes a disk bootable comes last.
 
-    `layout` is the source's; `images` has an entry for each of its captured volumes.
+    `result` is the layout as it will stand; `files` are the sizes of the disk files among the targets, by disk;
+    `images` has an entry for everything that `source` has captured.
     """
-    result = Layout(
-        disks=tuple(seat.disk for seat in seats), layers=tuple(layer for seat in seats for layer in seat.fit.layers)
-    )
-    for seat in seats:
-        if seat.file_size is not None:
-            yield CreateFile(disk=seat.disk.name, size=seat.file_size)
-    for seat in seats:
-        table, name = seat.table, seat.disk.name
-        if table is not None:
-            yield WriteTable(disk=name, size=seat.disk.size, sector=seat.disk.logical_sector, table=table)
-            yield from _plan_clearing(seat, table)
-    grown = {space for seat in seats for space in seat.fit.grown}
-    before = {volume.on: volume.size for volume in layout.volumes()}
-    for volume in sorted(result.volumes(), key=lambda volume: _rank(volume, result)):
-        yield from _plan_volume(volume, images, result)
-        if volume.on in grown:
-            yield from _plan_growth(volume, before[volume.on], result)
-    for seat in seats:
-        if seat.table is not None:
-            yield WriteBootCode(disk=seat.disk.name, code=_boot_code(seat.table))
+    for name, size in files.items():
+        yield CreateFile(device=name, size=size)
+    waves = _Waves(result)
+    for wave in range(waves.count):
+        layers = [layer for layer in result.layers if waves.of_layer(layer) == wave]
+        for group, name in waves.snapshots(wave):
+            yield TakeSnapshot(group=group, volume=name)
+        for layer in layers:
+            yield from _plan_structure(layer, images, result)
+        for layer in layers:
+            if isinstance(layer, (FileSystem, Swap, Raw)) and not _rank(layer, result):
+                yield from _plan_content(layer, fit, images, source, result)
+    for volume in sorted(result.volumes(), key=lambda each: _rank(each, result)):
+        if _rank(volume, result):
+            yield from _plan_content(volume, fit, images, source, result)
+    for layer in result.layers:
+        if isinstance(layer, (GptTable, MbrTable)):
+            yield WriteBootCode(device=layer.on, code=_boot_code(layer))
 
 
-def _plan_clearing(seat: Seat, table: Table) -> Iterator[Step]:
-    """Clear the places outside of volumes where other tables, arrays and volume groups keep their marks."""
-    start, end = boot_area(table, seat.disk.logical_sector)
-    if start < end and not any(layer.on == f"{seat.disk.name}:boot" for layer in seat.fit.layers):
-        yield ClearRange(disk=seat.disk.name, start=start, size=end - start)
-    tail = table_end(table, seat.disk) if isinstance(table, GptTable) else seat.disk.size
-    last = max((each.start + each.size for each in table.partitions), default=end)
+class _Waves:
+    """Which layers must wait for which: wave 0 waits for nothing, a thin snapshot waits for its origin's wave."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.known: dict[SpaceId, int] = {disk.name: 0 for disk in layout.disks}
+        self.taken: list[tuple[int, VolumeGroup, str]] = []
+        for layer in layout.layers:
+            if isinstance(layer, (MdArray, VolumeGroup, Luks)):
+                self._add(layer)
+
+    @property
+    def count(self) -> int:
+        """How many waves there are."""
+        return 1 + max(self.known.values(), default=0)
+
+    def of_layer(self, layer: Layer) -> int:
+        """Return the wave that a layer belongs to."""
+        return max(self.known[self.layout.place(space)[0].name] for space in spaces_of(layer))
+
+    def snapshots(self, wave: int) -> Iterator[tuple[VolumeGroup, str]]:
+        """Yield the thin snapshots that begin a wave."""
+        return ((group, name) for number, group, name in self.taken if number == wave)
+
+    def _add(self, container: Container) -> None:
+        wave = self.of_layer(container)
+        if not isinstance(container, VolumeGroup):
+            self.known[container.device] = wave
+            return
+        left = {each.name: each for each in container.volumes if each.captured}
+        while left:
+            ready = [each for each in left.values() if each.origin not in left]
+            for each in ready or list(left.values()):
+                origin = self.known.get(f"{container.name}/{each.origin}") if each.origin else None
+                number = wave if origin is None else origin + 1
+                self.known[f"{container.name}/{each.name}"] = number
+                if origin is not None:
+                    self.taken.append((number, container, each.name))
+                del left[each.name]
+
+
+def _plan_structure(layer: Layer, images: Mapping[SpaceId, ImageFacts], result: Layout) -> Iterator[Step]:
+    """Yield what makes a table or a container."""
+    match layer:
+        case GptTable() | MbrTable():
+            device = result.devices[layer.on]
+            yield WriteTable(device=layer.on, size=device.size, sector=device.logical_sector, table=layer)
+            yield from _plan_clearing(layer, device, result)
+        case Luks():
+            device, start, size = result.place(layer.on)
+            yield ClearSignatures(
+                volume=layer.on, device=device.name, start=start, size=size, type="crypto_LUKS", uuid=layer.uuid
+            )
+            yield _plan_image(Captured(volume=layer.header, size=layer.header_size), images, result)
+            yield OpenContainer(container=layer)
+        case MdArray() | VolumeGroup():
+            yield OpenContainer(container=layer)
+        case _:
+            pass
+
+
+def _plan_clearing(table: Table, device: Device, result: Layout) -> Iterator[Step]:
+    """Clear the places outside of volumes where other tables, arrays and volume groups keep their marks.
+
+    A partition that nothing goes to may hold a member of an array that is no more, and would come up by itself.
+    """
+    for each in table.partitions:
+        space = f"{table.on}:{each.number}"
+        if result.layer_on(space) is None and not is_extended(table, each):
+            yield ClearSignatures(volume=space, device=table.on, start=each.start, size=each.size, type="", uuid="")
+    start, end = boot_area(table, device.logical_sector)
+    if start < end and result.layer_on(f"{table.on}:boot") is None:
+        yield ClearRange(device=table.on, start=start, size=end - start)
+    tail = table_end(table, device) if isinstance(table, GptTable) else device.size
+    last = max((each.end for each in table.partitions), default=end)
     start = max(last, end, tail - _TAIL)
     if start < tail:
-        yield ClearRange(disk=seat.disk.name, start=start, size=tail - start)
+        yield ClearRange(device=table.on, start=start, size=tail - start)
+
+
+def _plan_content(
+    volume: Volume, fit: Fit, images: Mapping[SpaceId, ImageFacts], source: Layout, result: Layout
+) -> Iterator[Step]:
+    """Yield what brings a volume onto its place: as blocks, or made anew where they do not fit."""
+    if volume.on in fit.remade and isinstance(volume, FileSystem):
+        yield from _plan_remake(volume, fit.remade[volume.on], images, result)
+        return
+    yield from _plan_volume(volume, images, result)
+    if volume.on in fit.grown and isinstance(volume, FileSystem):
+        yield _plan_growth(volume, source, result)
 
 
 def _plan_volume(volume: Volume, images: Mapping[SpaceId, ImageFacts], result: Layout) -> Iterator[Step]:
-    disk, start, space = result.place(volume.on)
     if isinstance(volume, Swap):
+        device, start, _ = result.place(volume.on)
         yield MakeSwap(
             volume=volume.on,
-            disk=disk.name,
+            device=device.name,
             start=start,
             size=volume.size,
             page_size=volume.page_size,
@@ -108,37 +193,72 @@ def _plan_volume(volume: Volume, images: Mapping[SpaceId, ImageFacts], result: L
             label=volume.label,
         )
         return
+    for space in spaces_of(volume):
+        device, start, size = result.place(space)
+        if isinstance(volume, FileSystem):
+            yield ClearSignatures(
+                volume=space, device=device.name, start=start, size=size, type=volume.type, uuid=volume.uuid
+            )
+        yield _plan_image(Captured(volume=space, size=volume.size), images, result)
+
+
+def _plan_remake(
+    volume: FileSystem, remake: Remake, images: Mapping[SpaceId, ImageFacts], result: Layout
+) -> Iterator[Step]:
+    device, start, size = result.place(volume.on)
     facts = images[volume.on]
-    if isinstance(volume, FileSystem):
-        yield ClearSignatures(
-            volume=volume.on, disk=disk.name, start=start, size=space, type=volume.type, uuid=volume.uuid
-        )
-    yield WriteImage(
-        volume=volume.on, disk=disk.name, start=start, size=facts.size, used=facts.used, digest=facts.digest
+    yield RemakeFileSystem(volume=volume, device=device.name, start=start, size=size, remake=remake)
+    yield CopyFiles(
+        volume=volume.on,
+        image=facts.image or volume.on,
+        device=device.name,
+        start=start,
+        size=size,
+        type=volume.type,
+        method=remake.method,
+        used=facts.used,
+        digest=facts.digest,
     )
 
 
-def _plan_growth(volume: Volume, before: int, result: Layout) -> Iterator[Step]:
-    disk, start, space = result.place(volume.on)
-    if isinstance(volume, FileSystem):
-        yield GrowFileSystem(
-            volume=volume.on,
-            disk=disk.name,
-            start=start,
-            size=space,
-            type=volume.type,
-            before=before,
-            after=volume.size,
-        )
+def _plan_image(captured: Captured, images: Mapping[SpaceId, ImageFacts], result: Layout) -> WriteImage:
+    device, start, room = result.place(captured.volume)
+    facts = images[captured.volume]
+    return WriteImage(
+        volume=captured.volume,
+        image=facts.image or captured.volume,
+        device=device.name,
+        start=start,
+        size=min(facts.size, room),
+        used=facts.used,
+        digest=facts.digest,
+    )
+
+
+def _plan_growth(volume: FileSystem, source: Layout, result: Layout) -> Step:
+    before = source.layer_on(volume.on)
+    assert isinstance(before, FileSystem)
+    if volume.parts:
+        return GrowSpanning(volume=volume, before=before.size)
+    device, start, space = result.place(volume.on)
+    return GrowFileSystem(
+        volume=volume.on,
+        device=device.name,
+        start=start,
+        size=space,
+        type=volume.type,
+        before=before.size,
+        after=volume.size,
+    )
 
 
 def _rank(volume: Volume, result: Layout) -> int:
     """Return how late a volume is written: what firmware and boot loaders look for comes last."""
-    disk = result.place(volume.on)[0].name
-    part = volume.on.removeprefix(disk)
+    name = result.place(volume.on)[0].name
+    part = volume.on.removeprefix(name)
     if part == ":boot":
         return 3
-    table = result.layer_on(disk)
+    table = result.layer_on(name)
     if not part or not isinstance(table, (GptTable, MbrTable)):
         return 0
     kind = next(each.type for each in table.partitions if f":{each.number}" == part)

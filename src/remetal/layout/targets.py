@@ -5,11 +5,28 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from remetal.errors import RefusedError, RemetalError
-from remetal.layout.identity import probe_disk
-from remetal.layout.model import Disk, FileSystem, GptTable, Layout, MbrTable, Raw, Swap
+from remetal.layout.disks import find_covered
+from remetal.layout.identity import find_kernel_name, find_own_name, find_parts, probe_disk
+from remetal.layout.matching import IS_MEDIUM, find_marks
+from remetal.layout.model import (
+    Disk,
+    FileSystem,
+    GptTable,
+    Layer,
+    Layout,
+    Luks,
+    MbrTable,
+    MdArray,
+    Raw,
+    SpaceId,
+    Swap,
+    Table,
+    VolumeGroup,
+)
 from remetal.layout.plan import Target
 from remetal.layout.probe import name_disks, probe_layout
 from remetal.layout.signatures import probe_signature
@@ -19,6 +36,33 @@ from remetal.units import MIB
 
 MEDIUM_LABEL = "REMETAL"
 """The label of the recovery medium's ISO 9660 file system."""
+
+_WORDS = {
+    "BitLocker": "BitLocker volume",
+    "DM_integrity": "dm-integrity device",
+    "DM_verity_hash": "dm-verity hash tree",
+    "LVM1_member": "LVM physical volume",
+    "LVM2_member": "LVM physical volume",
+    "VMFS_volume_member": "VMware datastore",
+    "apfs": "Apple APFS container",
+    "bcache": "bcache device",
+    "cs_fvault2": "Apple FileVault volume",
+    "crypto_LUKS": "LUKS container",
+    "ddf_raid_member": "DDF RAID member",
+    "drbd": "DRBD device",
+    "hpt37x_raid_member": "HighPoint RAID member",
+    "hpt45x_raid_member": "HighPoint RAID member",
+    "isw_raid_member": "Intel RAID member",
+    "jmicron_raid_member": "JMicron RAID member",
+    "linux_raid_member": "Linux RAID member",
+    "lsi_mega_raid_member": "LSI MegaRAID member",
+    "nvidia_raid_member": "NVIDIA RAID member",
+    "promise_fasttrack_raid_member": "Promise RAID member",
+    "silicon_medley_raid_member": "Silicon Image RAID member",
+    "via_raid_member": "VIA RAID member",
+    "zfs_member": "ZFS pool member",
+}
+"""How people call what blkid(8) recognises, where its own word does not say it."""
 
 
 def probe_target(path: Path, *, size_if_missing: int) -> Target:
@@ -52,6 +96,7 @@ def _probe_place(path: Path, size_if_missing: int) -> Target:
     exists = place.exists()
     found = place.stat() if exists else None
     size = found.st_size if found is not None else 0
+    content = _probe_content(place) if size else _Content()
     space = os.statvfs(place.parent)
     room = space.f_bavail * space.f_frsize + (found.st_blocks * 512 if found is not None else 0)
     return Target(
@@ -60,7 +105,9 @@ def _probe_place(path: Path, size_if_missing: int) -> Target:
         size=size or size_if_missing,
         is_file=True,
         exists=exists,
-        content=_describe_content(place) if size else "",
+        content=content.words,
+        marks=content.marks,
+        table=content.table,
         uses=(*map(str, describe_use(place)), *_find_bars(place)),
         room=room,
     )
@@ -83,19 +130,20 @@ def _is_text(name: str) -> bool:
 
 
 def _probe_device(place: Path) -> Target:
-    if Path("/sys/class/block", place.name, "partition").exists():
+    kernel_name = find_kernel_name(place)
+    if Path("/sys/class/block", kernel_name, "partition").exists():
         raise RefusedError(f"{place} is a partition, and a restore needs a whole disk", hint="Name its disk.")
-    name = name_disks([place], {})[place]
-    uses = [str(use) for use in describe_use(place)]
-    content, is_medium = "", False
+    name = name_disks([place], {place: find_own_name(kernel_name)})[place]
+    uses = [*_find_stand_in(place, kernel_name), *map(str, describe_use(place))]
+    content, is_medium = _Content(), False
     try:
         disk = probe_disk(place, name)
         if is_read_only(place):
             uses.append("the kernel holds it read-only")
         if disk.size:
-            content, is_medium = _describe_content(place), _is_medium(place, disk.size)
+            content, is_medium = _probe_content(place), _is_medium(place, disk.size)
     except RemetalError as error:  # a dying disk must not keep its neighbours from being found
-        disk = Disk(name=name, size=int(Path("/sys/class/block", place.name, "size").read_text()) * 512)
+        disk = Disk(name=name, size=int(Path("/sys/class/block", kernel_name, "size").read_text()) * 512)
         uses.append(error.message)
     return Target(
         path=str(place),
@@ -107,37 +155,82 @@ def _probe_device(place: Path) -> Target:
         serial=disk.serial,
         wwn=disk.wwn,
         bus=disk.bus,
-        content=content,
+        content=content.words,
+        marks=content.marks,
+        table=content.table,
         uses=tuple(uses),
-        roles=("is the recovery medium",) if is_medium else (),
+        roles=(IS_MEDIUM,) if is_medium else (),
     )
 
 
-def _describe_content(path: Path) -> str:
-    """Return what is on a disk, in a few words; empty if it is blank."""
+def _find_stand_in(place: Path, kernel_name: str) -> Iterator[str]:
+    """Yield that a disk must not be written to by itself, because another device stands for it."""
+    stand_in = find_covered().get(kernel_name)
+    if stand_in is not None and find_parts(stand_in):
+        yield f"it is a part of /dev/{stand_in}, which is to be named in its place"
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What is on a disk: in a few words, by its marks, and its partition table; nothing if it is blank."""
+
+    words: str = ""
+    marks: tuple[str, ...] = ()
+    table: Table | None = None
+
+
+def _probe_content(path: Path) -> _Content:
     layout = probe_layout([path])
-    table = layout.layer_on(layout.disks[0].name)
+    name = layout.disks[0].name
+    if looks_blank(layout, name, path):
+        return _Content()
+    table = layout.layer_on(name)
+    return _Content(
+        describe_content(layout, name),
+        tuple(sorted(find_marks(layout, name))),
+        table if isinstance(table, (GptTable, MbrTable)) else None,
+    )
+
+
+def describe_content(layout: Layout, name: SpaceId) -> str:
+    """Return what is on a disk of a layout, in a few words; empty if nothing is. Pure."""
+    table = layout.layer_on(name)
     if table is None:
         return ""
     if not isinstance(table, (GptTable, MbrTable)):
-        return "" if isinstance(table, Raw) and not table.type and _is_blank(path) else _describe_volume(layout)
+        return _name_layer(table)
     kind = "GPT" if isinstance(table, GptTable) else "DOS"
     count = len(table.partitions)
-    inside = _describe_volume(layout)
+    layers = [
+        layout.layer_on(f"{name}:{each.number}") for each in sorted(table.partitions, key=lambda each: each.start)
+    ]
+    words = Counter(_name_layer(layer) for layer in layers if layer is not None)
+    inside = ", ".join(f"{count} {word}" if count > 1 else word for word, count in words.items())
     return f"{kind} table with {count} partition{'' if count == 1 else 's'}{f' ({inside})' if inside else ''}"
 
 
-def _describe_volume(layout: Layout) -> str:
-    words = []
-    for volume in layout.volumes():
-        match volume:
-            case FileSystem():
-                words.append(f"{volume.type} '{volume.label}'" if volume.label else volume.type)
-            case Swap():
-                words.append("swap")
-            case Raw() if not volume.on.endswith(":boot"):
-                words.append(volume.type or "unknown content")
-    return ", ".join(f"{count} {word}" if count > 1 else word for word, count in Counter(words).items())
+def _name_layer(layer: Layer) -> str:
+    match layer:
+        case FileSystem():
+            return f"{layer.type} '{layer.label}'" if layer.label else layer.type
+        case Swap():
+            return "swap"
+        case Raw():
+            return _WORDS.get(layer.type, layer.type) or "unknown content"
+        case MdArray():
+            return f"member of the array {layer.device}"
+        case VolumeGroup():
+            return f"LVM physical volume of {layer.name}"
+        case Luks():
+            return "LUKS container"
+        case GptTable() | MbrTable():
+            return "partition table"
+
+
+def looks_blank(layout: Layout, name: SpaceId, path: Path) -> bool:
+    """Whether nothing is recognised on a disk, and its first and last MiB, where everything has its mark, are zero."""
+    layer = layout.layer_on(name)
+    return layer is None or (isinstance(layer, Raw) and not layer.type and _is_blank(path))
 
 
 def _is_blank(path: Path) -> bool:

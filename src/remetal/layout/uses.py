@@ -11,7 +11,7 @@ import os
 import stat
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -28,6 +28,7 @@ _FLOCK = struct.Struct("hhqqi4x")
 class Use:
     """One user of a disk. `start` is the byte of the disk where the used part begins, as far as it is known.
 
+    What is used lies at byte `offset` of `base`, which is the disk itself, or an array or a mapping on it.
     `what` is `mount`, `swap`, `lock` or `busy`; `where` a mount point or the device that stands between.
     """
 
@@ -36,6 +37,8 @@ class Use:
     device: str
     start: int
     read_only: bool = False
+    base: str = field(default="", compare=False)
+    offset: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
         match self.what:
@@ -53,6 +56,8 @@ class Use:
 class _Node:
     name: str
     start: int
+    base: str
+    offset: int
 
 
 def describe_use(path: Path) -> list[Use]:
@@ -134,11 +139,11 @@ def _find_nodes(path: Path) -> dict[Number, _Node]:
     except OSError:
         return {}
     if stat.S_ISBLK(found.st_mode):
-        _add_node(nodes, loops, _number(found.st_rdev), str(path), 0)
+        _add_node(nodes, loops, _number(found.st_rdev), _Node(str(path), 0, str(path), 0))
     else:
         for number, offset, backing in loops:
             if (backing.st_dev, backing.st_ino) == (found.st_dev, found.st_ino):
-                _add_node(nodes, loops, number, "", offset)
+                _add_node(nodes, loops, number, _Node("", offset, str(path), offset))
     return nodes
 
 
@@ -146,25 +151,28 @@ def _add_node(
     nodes: dict[Number, _Node],
     loops: list[tuple[Number, int, os.stat_result]],
     number: Number,
-    name: str,
-    start: int,
+    node: _Node,
 ) -> None:
+    """Add a device, which is called by its kernel name unless `node` names it, and all that stands on it."""
     if number in nodes:
         return
     folder = SYS / "dev" / "block" / f"{number[0]}:{number[1]}"
     if not folder.exists():
         return
     folder = folder.resolve()
-    nodes[number] = _Node(name or f"/dev/{folder.name.replace('!', '/')}", start)
+    nodes[number] = node = replace(node, name=node.name or f"/dev/{folder.name.replace('!', '/')}")
     for entry in folder.iterdir():
         if (entry / "partition").exists():
             first = int((entry / "start").read_text()) * 512
-            _add_node(nodes, loops, _read_number(entry / "dev"), "", start + first)
+            _add_node(
+                nodes, loops, _read_number(entry / "dev"), _Node("", node.start + first, node.base, node.offset + first)
+            )
     for holder in (folder / "holders").iterdir() if (folder / "holders").is_dir() else ():
-        _add_node(nodes, loops, _read_number(holder / "dev"), "", start)
+        made = f"/dev/{holder.name.replace('!', '/')}"
+        _add_node(nodes, loops, _read_number(holder / "dev"), _Node(made, node.start, made, 0))
     for loop, offset, backing in loops:
         if stat.S_ISBLK(backing.st_mode) and _number(backing.st_rdev) == number:
-            _add_node(nodes, loops, loop, "", start + offset)
+            _add_node(nodes, loops, loop, _Node("", node.start + offset, node.base, node.offset + offset))
 
 
 def _loops() -> Iterator[tuple[Number, int, os.stat_result]]:
@@ -191,7 +199,7 @@ def _mount_uses(nodes: dict[Number, _Node]) -> Iterator[Use]:
     for mount in probe_mounts():
         for number in sorted(numbers_of_mount(mount) & nodes.keys()):
             node = nodes[number]
-            yield Use("mount", str(mount.target), node.name, node.start, mount.read_only)
+            yield Use("mount", str(mount.target), node.name, node.start, mount.read_only, node.base, node.offset)
 
 
 def _swap_uses(nodes: dict[Number, _Node]) -> Iterator[Use]:
@@ -199,7 +207,7 @@ def _swap_uses(nodes: dict[Number, _Node]) -> Iterator[Use]:
         if is_block_device(path):
             node = nodes.get(_number(path.stat().st_rdev))
             if node is not None:
-                yield Use("swap", "", node.name, node.start)
+                yield Use("swap", "", node.name, node.start, base=node.base, offset=node.offset)
 
 
 def _is_claimed(path: Path) -> bool:

@@ -12,6 +12,8 @@ _PLACE, _SIZE = 1024, 1024
 _MAGIC = 0xEF53
 _64BIT = 0x80
 _JOURNAL_DEVICE = 0x8
+_HAS_JOURNAL = 0x4
+_INODE_SIZES = {1 << bit for bit in range(7, 17)}
 
 _COMPATIBLE = {
     0x1: "dir_prealloc",
@@ -60,6 +62,25 @@ _READ_ONLY = {
 }
 
 
+_MOUNT_OPTIONS = {
+    0x1: "debug",
+    0x2: "bsdgroups",
+    0x4: "user_xattr",
+    0x8: "acl",
+    0x10: "uid16",
+    0x20: "journal_data",
+    0x40: "journal_data_ordered",
+    0x60: "journal_data_writeback",
+    0x100: "nobarrier",
+    0x200: "block_validity",
+    0x400: "discard",
+    0x800: "nodelalloc",
+}
+_JOURNAL_MODE = 0x60
+_HASHES = ("legacy", "half_md4", "tea")
+_ERRORS = {1: "continue", 2: "remount-ro", 3: "panic"}
+
+
 @dataclass(frozen=True, slots=True)
 class ExtSuperblock:
     """Sizes in bytes; `features` as e2fsprogs names them; unknown ones as `FEATURE_I17`-like names."""
@@ -70,6 +91,34 @@ class ExtSuperblock:
     uuid: str
     label: str
     features: tuple[str, ...]
+    settings: ExtSettings
+
+
+@dataclass(frozen=True, slots=True)
+class ExtSettings:
+    """What else mke2fs(8) and tune2fs(8) set. Sizes in bytes, `check_interval` in seconds.
+
+    `clean` is False after a crash: then counts are older than the journal. `journal` is 0 where there is none, or where
+    its size is not noted; `external_journal` tells that it lies on another device.
+    """
+
+    clean: bool
+    inodes: int
+    inodes_used: int
+    inode_size: int
+    cluster_size: int
+    reserved: int
+    reserved_user: int
+    reserved_group: int
+    journal: int
+    external_journal: bool
+    flex_groups: int
+    errors: str
+    max_mounts: int
+    check_interval: int
+    mount_options: tuple[str, ...]
+    mount_text: str
+    hash_algorithm: str
 
 
 def parse_ext(read: Read, size: int) -> ExtSuperblock:
@@ -105,7 +154,54 @@ def parse_ext(read: Read, size: int) -> ExtSuperblock:
             *_names(incompatible, _INCOMPATIBLE, "I"),
             *_names(read_only, _READ_ONLY, "R"),
         ),
+        settings=_parse_settings(data, block_size, bool(incompatible & _64BIT), bool(compatible & _HAS_JOURNAL)),
     )
+
+
+def _parse_settings(data: bytes, block_size: int, wide: bool, journalled: bool) -> ExtSettings:
+    inodes, _, reserved_low, _, free_inodes = struct.unpack_from("<IIIII", data)
+    (log_cluster,) = struct.unpack_from("<I", data, 0x1C)
+    max_mounts, _, state, errors = struct.unpack_from("<hHHH", data, 0x36)
+    check_interval, _, revision, user, group = struct.unpack_from("<IIIHH", data, 0x44)
+    (inode_size,) = struct.unpack_from("<H", data, 0x58) if revision else (128,)
+    (journal_inode,) = struct.unpack_from("<I", data, 0xE0)
+    hash_version, backup_type = data[0xFC], data[0xFD]
+    (options,) = struct.unpack_from("<I", data, 0x100)
+    journal_high, journal_low = struct.unpack_from("<II", data, 0x10C + 15 * 4)
+    (reserved_high,) = struct.unpack_from("<I", data, 0x154) if wide else (0,)
+    if free_inodes > inodes or inode_size not in _INODE_SIZES or inode_size > block_size or log_cluster > 20:
+        raise BadStructureError("the superblock of the ext file system has impossible counts")
+    return ExtSettings(
+        clean=bool(state & 1) and not state & 2 and "needs_recovery" not in _incompatible(data),
+        inodes=inodes,
+        inodes_used=inodes - free_inodes,
+        inode_size=inode_size,
+        cluster_size=max(1024 << log_cluster, block_size),
+        reserved=(reserved_high << 32 | reserved_low) * block_size,
+        reserved_user=user,
+        reserved_group=group,
+        journal=journal_high << 32 | journal_low if journalled and backup_type == 1 else 0,
+        external_journal=journalled and journal_inode == 0,
+        flex_groups=1 << min(data[0x174], 31),
+        errors=_ERRORS.get(errors, "continue"),
+        max_mounts=max_mounts,
+        check_interval=check_interval,
+        mount_options=tuple(_mount_options(options)),
+        mount_text=data[0x200:0x240].split(b"\0")[0].decode("ascii", "replace"),
+        hash_algorithm=_HASHES[hash_version % 3] if hash_version < 6 else "",
+    )
+
+
+def _incompatible(data: bytes) -> list[str]:
+    (bits,) = struct.unpack_from("<I", data, 0x60)
+    return _names(bits, _INCOMPATIBLE, "I")
+
+
+def _mount_options(bits: int) -> list[str]:
+    """Return the options' names; how the journal is kept is a number of two bits, not a set."""
+    mode = bits & _JOURNAL_MODE
+    others = _names(bits & ~_JOURNAL_MODE, _MOUNT_OPTIONS, "M")
+    return [*others, *([_MOUNT_OPTIONS[mode]] if mode else [])]
 
 
 def _names(bits: int, names: dict[int, str], kind: str) -> list[str]:

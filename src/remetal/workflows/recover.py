@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -23,8 +23,9 @@ from remetal.media.answer import (
     MAX_SIZE,
     Answer,
     CommandLine,
-    mapping_words,
     merge_answer,
+    named_places,
+    pairs_of,
     parse_answer,
     parse_place,
 )
@@ -42,11 +43,16 @@ from remetal.media.volumes import (
 from remetal.system.run import run
 
 if TYPE_CHECKING:
+    from remetal.layout.keys import Key
     from remetal.workflows.access import Secret
-    from remetal.workflows.restore import Prepared, RestoreReport
+    from remetal.workflows.passphrases import AskPassphrase
+    from remetal.workflows.restore import Prepared, RestoreReport, RestoreRequest
 
 BAKED = Path("/etc/remetal") / FILE_NAME
 """Where `media build --answer` puts its answer."""
+
+MAX_KEY_FILE = 8 << 20
+"""Bytes of the longest key file that cryptsetup(8) takes."""
 
 LOG_FOLDER = "remetal-log"
 ANSWER_LABEL = "REMETAL"
@@ -177,29 +183,25 @@ def _await_volumes(texts: Sequence[str]) -> list[AttachedVolume]:
         time.sleep(0.5)
 
 
-def recover(recovery: Recovery, agree: Callable[[Prepared], None], report: Report) -> None:
+def recover(
+    recovery: Recovery, agree: Callable[[Prepared], None], report: Report, *, ask: AskPassphrase | None = None
+) -> None:
     """Restore what the answer in `recovery` says, and note in it what was done.
 
-    `agree` is called with the plan before the first write and raises RefusedError to stop. All volumes are
-    unmounted when this returns or raises. Raises what planning and restoring raise.
+    `agree` is called with the plan before the first write and raises RefusedError to stop; `ask` for encrypted
+    containers that the answer has no key for. All volumes are unmounted when this returns or raises. Raises what
+    planning and restoring raise.
     """
-    from remetal.workflows.restore import RestoreRequest, apply_restore, prepared_restore
+    from remetal.workflows.restore import apply_restore, prepared_restore
 
     began = time.monotonic()
     assert recovery.found is not None, "somebody has to say what to recover"
     answer = recovery.found.answer
-    named = [each for each in (answer.repository, answer.passphrase_file, answer.kit_file, answer.log) if each]
-    volumes = _await_volumes(named)
+    volumes = _await_volumes(named_places(answer))
     with opened_places(volumes, recovery.found.volume) as places:
         recovery.log_volume, recovery.log_folder = _choose_log(recovery.found, places, volumes)
-        request = RestoreRequest(
-            repository=str(places.path(answer.repository)),
-            snapshot=answer.snapshot,
-            machine=answer.machine,
-            mapping=_resolve_mapping(answer),
-            keep_sizes=answer.keep_sizes,
-        )
-        with prepared_restore(request, _read_secret(answer, places), report) as prepared:
+        request = _make_request(answer, places)
+        with prepared_restore(request, _read_secret(answer, places), report, ask=ask) as prepared:
             recovery.plan = msgspec.json.format(msgspec.json.encode(prepared.plan), indent=2)
             recovery.mark = plan_mark(prepared.snapshot.id, prepared.targets)
             agree(prepared)
@@ -207,10 +209,56 @@ def recover(recovery: Recovery, agree: Callable[[Prepared], None], report: Repor
     recovery.seconds = time.monotonic() - began
 
 
-def _resolve_mapping(answer: Answer) -> tuple[str, ...]:
+def _make_request(answer: Answer, places: Places) -> RestoreRequest:
+    """Return what an answer asks for, with the disks and files of this machine in place of their names."""
+    from remetal.workflows.restore import RestoreRequest
+
     disks = probe_disks()
-    pairs = [(source, select_disk(target, disks)) for source, target in mapping_words(answer)]
-    return tuple(f"{source}={target}" if source else str(target) for source, target in pairs)
+    pairs = [(source, select_disk(target, disks)) for source, target in pairs_of(answer.map)]
+    return RestoreRequest(
+        repository=str(places.path(answer.repository)),
+        snapshot=answer.snapshot,
+        machine=answer.machine,
+        mapping=tuple(f"{source}={target}" if source else str(target) for source, target in pairs),
+        keep_sizes=answer.keep_sizes,
+        only=answer.only,
+        keep=answer.keep,
+        grow=answer.grow,
+        without=answer.without,
+        dissolve=answer.dissolve,
+        overwrite=tuple(str(select_disk(each, disks)) for each in answer.overwrite),
+        protect=tuple(str(select_disk(each, disks)) for each in answer.protect),
+        keys=tuple(_read_luks_keys(answer, places)),
+    )
+
+
+def _read_luks_keys(answer: Answer, places: Places) -> Iterator[Key]:
+    """Yield the keys for encrypted containers that an answer names."""
+    from remetal.layout.keys import Key
+
+    if answer.luks_passphrase is not None:
+        yield Key(answer.luks_passphrase.encode())
+    for space, place in pairs_of(answer.luks_passphrase_file):
+        first = _read_key_file(places, place).partition(b"\n")[0].removesuffix(b"\r")
+        if not first:
+            raise RefusedError(f"the first line of '{place}' is empty; it should be the passphrase")
+        yield Key(first, space)
+    for space, place in pairs_of(answer.luks_key_file):
+        data = _read_key_file(places, place)
+        if not data:
+            raise RefusedError(f"'{place}' is empty; it should be a key file")
+        yield Key(data, space)
+
+
+def _read_key_file(places: Places, place: str) -> bytes:
+    try:
+        with places.path(place).open("rb") as file:
+            data = file.read(MAX_KEY_FILE + 1)
+    except OSError as error:
+        raise RefusedError(f"'{place}' cannot be read: {os.strerror(error.errno or 0)}") from error
+    if len(data) > MAX_KEY_FILE:
+        raise RefusedError(f"'{place}' is larger than {MAX_KEY_FILE} bytes; cryptsetup takes no such key file")
+    return data
 
 
 def _read_secret(answer: Answer, places: Places) -> Secret:

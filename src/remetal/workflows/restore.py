@@ -6,6 +6,7 @@ very plan that was shown; each of its steps may be repeated, so an interrupted r
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,16 +19,25 @@ import msgspec.structs
 from remetal.adapt import Adaptation, adapt_system
 from remetal.errors import RefusedError, RemetalError, UnfinishedError, UsageError
 from remetal.events import Note, Report, Step, silent
-from remetal.image.restore import Written, restore_image, verify_image
-from remetal.layout.apply import apply_step, need_step_programs
+from remetal.image.copy import restore_files
+from remetal.image.move import move_btrfs
+from remetal.image.restore import Written, read_image, restore_image, verify_image
+from remetal.layout.apply import Site, apply_step, need_step_programs, opened_site
 from remetal.layout.disks import find_disks
 from remetal.layout.inventory import probe_inventory
-from remetal.layout.matching import match_targets
-from remetal.layout.model import FileSystem, Layout, SpaceId, Swap, decode_layout
-from remetal.layout.plan import ImageFacts, Plan, PlanOptions, Target, WriteImage, plan_restore
+from remetal.layout.keys import Key
+from remetal.layout.layers import luks
+from remetal.layout.machine import read_machine, select_target, targets_of_machine
+from remetal.layout.matching import HOLDS_REPOSITORY, IS_PROTECTED, match_targets
+from remetal.layout.model import GptTable, Layout, Luks, MbrTable, Raw, SpaceId, spaces_of
+from remetal.layout.partial import check_choice
+from remetal.layout.plan import ImageFacts, Plan, PlanOptions, Target, plan_restore
+from remetal.layout.record import decode_layout
+from remetal.layout.sameness import are_paths
+from remetal.layout.steps import CopyFiles, OpenContainer, WriteBootCode, WriteImage
 from remetal.layout.targets import probe_target
 from remetal.layout.uses import describe_use, is_same_disk
-from remetal.repository import RecipientKey, Repository, Snapshot, open_reader
+from remetal.repository import ImageRecord, Reader, RecipientKey, Repository, Snapshot, open_reader
 from remetal.storage import find_folder
 from remetal.system.blockdev import Span, is_block_device
 from remetal.system.loop import need_loops
@@ -39,6 +49,7 @@ from remetal.workflows.access import (
     select_snapshot,
     unlock,
 )
+from remetal.workflows.passphrases import AskPassphrase, ask_for_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +57,10 @@ class RestoreRequest:
     """What to restore, and where to.
 
     `mapping` holds `SOURCE=TARGET` for disks, or one `TARGET` where the snapshot has one disk; disks that it does
-    not name are matched by their identity. `only` limits the restore to these source disks; empty means all.
+    not name are matched by their identity. `overwrite` are targets that are named a second time, because what is on
+    them, and not in the snapshot, may be lost. `only` limits the restore to these source disks or volumes; empty means
+    all. `keep` are volumes that stay as they are on the target, `protect` paths of disks that must not be written to.
+    `onto` is the record of another machine (`remetal probe --json`): the plan is made for that one, and only shows.
     """
 
     repository: str
@@ -55,11 +69,22 @@ class RestoreRequest:
     mapping: tuple[str, ...] = ()
     keep_sizes: bool = False
     only: tuple[str, ...] = ()
+    grow: tuple[SpaceId, ...] = ()
+    without: tuple[str, ...] = ()
+    dissolve: tuple[SpaceId, ...] = ()
+    overwrite: tuple[str, ...] = ()
+    keep: tuple[SpaceId, ...] = ()
+    protect: tuple[str, ...] = ()
+    keys: tuple[Key, ...] = ()
+    onto: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A plan and everything that applying it needs. `key` is None where no secret was given: then it only shows."""
+    """A plan and everything that applying it needs.
+
+    `key` is None where no secret was given, or where the targets are those of a recorded machine: then it only shows.
+    """
 
     repository: Repository
     key: RecipientKey | None
@@ -67,6 +92,8 @@ class Prepared:
     layout: Layout
     plan: Plan
     targets: Mapping[str, Path]
+    keys: tuple[Key, ...] = ()
+    """What opens the encrypted containers: one for each."""
 
 
 @dataclass(slots=True)
@@ -90,43 +117,62 @@ class RestoreReport:
 
 @contextmanager
 def prepared_restore(
-    request: RestoreRequest, secret: Secret | None = None, report: Report = silent
+    request: RestoreRequest,
+    secret: Secret | None = None,
+    report: Report = silent,
+    *,
+    ask: AskPassphrase | None = None,
 ) -> Iterator[Prepared]:
     """Compute the plan of a restore for the length of a block; nothing is touched.
 
-    Without a secret the plan can be read but not applied. Raises RefusedError if the restore is impossible or
+    Without a secret the plan can be read but not applied. `ask` is called for encrypted containers that no key in the
+    request opens. Raises RefusedError if the restore is impossible or
     unsafe, UsageError if the request names what does not exist, DamagedError if the repository lacks data.
     """
     with opened_repository(request.repository) as repository:
         key = unlock(repository, secret) if secret is not None else None
         snapshots = [each for catalog in open_records(repository, key) for each in catalog.snapshots()]
         snapshot = select_snapshot(snapshots, request.snapshot, request.machine)
-        layout = _limited(decode_layout(snapshot.layout), request.only)
+        whole = decode_layout(snapshot.layout)
+        disks = {disk.name for disk in whole.disks}
+        layout = _limited(whole, request.only)
         mapping = parse_mapping(request.mapping, layout)
-        targets = _find_targets(layout, mapping, request.repository)
+        targets = _find_targets(layout, mapping, request, report)
         images = {
             image.volume: ImageFacts(size=image.size, used=image.used, digest=image.digest) for image in snapshot.images
         }
         report(Step(f"Planning the restore of {snapshot.machine}, taken {snapshot.time}"))
         plan = plan_restore(
             layout,
-            {volume.on: _facts(images, volume.on) for volume in layout.captured()},
+            {each.volume: _facts(images, each.volume) for each in layout.captured()},
             targets,
             snapshot=snapshot.id,
-            options=PlanOptions(keep_sizes=request.keep_sizes),
+            options=PlanOptions(
+                keep_sizes=request.keep_sizes,
+                grow=request.grow,
+                without=request.without,
+                dissolve=request.dissolve,
+                only=tuple(each for each in request.only if each not in disks),
+                keep=request.keep,
+            ),
+            overwrite=[str(Path(path).resolve()) for path in request.overwrite],
         )
-        need_step_programs(plan.steps)
+        if request.onto is None:
+            need_step_programs(plan.steps)
+        keys: tuple[Key, ...] = ()
         if key is not None:
-            wanted = {volume.on for volume in layout.captured()}
+            wanted = {step.image for step in plan.steps if isinstance(step, (WriteImage, CopyFiles))}
             reader = open_reader(repository, key, snapshot)
             reader.verify_present([image for image in snapshot.images if image.volume in wanted])
+            keys = _find_keys(plan, snapshot, reader, request.keys, ask)
         yield Prepared(
             repository,
-            key,
+            key if request.onto is None else None,
             snapshot,
             layout,
             plan,
             {name: Path(target.path) for name, target in targets.items()},
+            keys,
         )
 
 
@@ -139,24 +185,27 @@ def apply_restore(
     """
     if prepared.key is None:
         raise RefusedError("a restore needs the repository's passphrase or its recovery kit")
-    if any(isinstance(volume, FileSystem | Swap) for volume in prepared.layout.volumes()):
+    if any(not isinstance(layer, (GptTable, MbrTable, Raw)) for layer in prepared.layout.layers):
         need_loops()
     began = time.monotonic()
     result = RestoreReport(plan=prepared.plan.id, snapshot=prepared.snapshot.id)
     try:
-        _write(prepared, prepared.key, result, report)
-        if verify:
-            _verify(prepared, prepared.key, report)
-            result.verified = True
-        if adapt:
-            report(Step("Fitting the restored system to this hardware"))
-            result.adaptation = adapt_system(
-                prepared.layout,
-                prepared.plan.result,
-                prepared.targets,
-                firmware=_own_firmware(prepared),
-                report=report,
-            )
+        with opened_site(prepared.plan.result, prepared.targets, prepared.keys) as site:
+            _write(prepared, prepared.key, site, result, report)
+            if verify:
+                _verify(prepared, prepared.key, site, report)
+                result.verified = True
+            if adapt:
+                report(Step("Fitting the restored system to this hardware"))
+                result.adaptation = adapt_system(
+                    prepared.layout,
+                    prepared.plan.result,
+                    site.devices,
+                    firmware=_own_firmware(prepared),
+                    moved=prepared.plan.moved,
+                    kept=_find_kept(prepared.plan),
+                    report=report,
+                )
     except UnfinishedError:
         raise
     except RemetalError as error:
@@ -197,46 +246,64 @@ def parse_mapping(words: tuple[str, ...], layout: Layout) -> dict[str, Path]:
 
 
 def _limited(layout: Layout, only: tuple[str, ...]) -> Layout:
+    """Return the layout of the disks that are chosen, or under chosen volumes.
+
+    Raises RefusedError if a container reaches beyond them, UsageError if there is no such volume.
+    """
     if not only:
         return layout
-    names = [disk.name for disk in layout.disks]
-    unknown = [name for name in only if name not in names]
-    if unknown:
-        raise UsageError(f"the snapshot has no disk '{unknown[0]}'", hint=f"Its disks: {', '.join(names)}.")
+    chosen = only
+    check_choice(layout, chosen, ())
+    only = tuple({disk for space in chosen for disk in layout.disks_under(space)})
+    kept = []
+    for layer in layout.layers:
+        disks = {disk for space in spaces_of(layer) for disk in layout.disks_under(space)}
+        if disks & set(only):
+            if disks - set(only):
+                raise RefusedError(
+                    f"what stands on {spaces_of(layer)[0]} reaches over the disks {', '.join(sorted(disks))}",
+                    hint="Restore all of them.",
+                )
+            kept.append(layer)
     return msgspec.structs.replace(
-        layout,
-        disks=tuple(disk for disk in layout.disks if disk.name in only),
-        layers=tuple(layer for layer in layout.layers if layer.on.partition(":")[0] in only),
+        layout, disks=tuple(disk for disk in layout.disks if disk.name in only), layers=tuple(kept)
     )
 
 
-def _find_targets(layout: Layout, mapping: dict[str, Path], repository: str) -> dict[str, Target]:
-    """Return a target for every source disk: those that the user mapped, the others by identity."""
-    targets = {
-        name: _with_roles(probe_target(path, size_if_missing=layout.disk(name).size), repository)
-        for name, path in mapping.items()
-    }
-    for (one, first), (other, second) in combinations(mapping.items(), 2):
-        if is_same_disk(first, second):
+def _find_targets(
+    layout: Layout, mapping: dict[str, Path], request: RestoreRequest, report: Report
+) -> dict[str, Target]:
+    """Return a target for every source disk: those that the user mapped, the others by what they are."""
+    own = request.onto is None
+    recorded = () if request.onto is None else targets_of_machine(read_machine(Path(request.onto)))
+
+    def look_at(path: Path, size: int) -> Target:
+        if not own:
+            return select_target(recorded, str(path))
+        return _with_roles(probe_target(path, size_if_missing=size), request)
+
+    targets = {name: look_at(path, layout.disk(name).size) for name, path in mapping.items()}
+    for (one, first), (other, second) in combinations(targets.items(), 2):
+        if are_paths(first, second) or (own and is_same_disk(Path(first.path), Path(second.path))):
             raise RefusedError(
-                f"{one} and {other} would both go to one disk: {first} and {second} are the same",
+                f"{one} and {other} would both go to one disk: {first.path} and {second.path} are the same",
                 hint="Map each to its own disk.",
             )
-    rest = [disk for disk in layout.disks if disk.name not in mapping]
-    if rest:
+    if any(disk.name not in {*mapping, *request.without} for disk in layout.disks):
         taken = {target.path for target in targets.values()}
-        candidates = [
-            _with_roles(probe_target(path, size_if_missing=0), repository)
-            for path in find_disks()
-            if str(path) not in taken
-        ]
-        targets |= match_targets(rest, candidates)
+        places = find_disks() if own else [Path(target.path) for target in recorded]
+        candidates = [look_at(path, 0) for path in places if str(path) not in taken]
+        for name, match in match_targets(layout, candidates, mapped={*mapping, *request.without}).items():
+            report(Note(f"{name} goes to {match.target.path}: {match.reason}"))
+            targets[name] = match.target
     return targets
 
 
-def _with_roles(target: Target, repository: str) -> Target:
-    """Mark a target that holds the repository, so that the plan refuses it."""
-    place = find_folder(repository)
+def _with_roles(target: Target, request: RestoreRequest) -> Target:
+    """Mark a target that holds the repository, or that its user protects, so that the plan refuses it."""
+    if any(is_same_disk(Path(target.path), Path(path)) for path in request.protect):
+        target = msgspec.structs.replace(target, roles=(*target.roles, IS_PROTECTED))
+    place = find_folder(request.repository)
     if place is None:
         return target
     path = Path(target.path).resolve()
@@ -244,7 +311,7 @@ def _with_roles(target: Target, repository: str) -> Target:
     holds = path.is_relative_to(place) or any(
         use.what == "mount" and use.where == mount for use in describe_use(path) if path.exists()
     )
-    return msgspec.structs.replace(target, roles=(*target.roles, "holds the repository")) if holds else target
+    return msgspec.structs.replace(target, roles=(*target.roles, HOLDS_REPOSITORY)) if holds else target
 
 
 def _facts(images: Mapping[SpaceId, ImageFacts], volume: SpaceId) -> ImageFacts:
@@ -253,34 +320,87 @@ def _facts(images: Mapping[SpaceId, ImageFacts], volume: SpaceId) -> ImageFacts:
     return images[volume]
 
 
-def _write(prepared: Prepared, key: RecipientKey, result: RestoreReport, report: Report) -> None:
+def _find_keys(
+    plan: Plan, snapshot: Snapshot, reader: Reader, keys: tuple[Key, ...], ask: AskPassphrase | None
+) -> tuple[Key, ...]:
+    """Return a key for every encrypted container, tried on its captured header; a person is asked where there is none.
+
+    Raises RefusedError if one would stay closed, for then nothing could be written into it.
+    """
+    images = {image.volume: image for image in snapshot.images}
+    headers = {step.volume: step.image for step in plan.steps if isinstance(step, WriteImage)}
+    found = []
+    for layer in (step.container for step in plan.steps if isinstance(step, OpenContainer)):
+        if isinstance(layer, Luks):
+            header = images[headers.get(layer.header, layer.header)]
+            captured = msgspec.structs.replace(layer, on=header.volume.removesuffix(":header"))
+            escrow = [Key(read_image(reader, images[captured.key]), captured.on, True)] if layer.escrowed else []
+            first_bytes = read_image(reader, header)
+            key = luks.find_key(captured, first_bytes, (*escrow, *keys))
+            if key is None and ask is not None:
+                key = ask_for_key(captured, first_bytes, ask)
+                keys = keys if key is None else (*keys, key)
+            if key is None:
+                raise RefusedError(
+                    f"no key was given that opens the LUKS container on {captured.on} (UUID {layer.uuid}), so its "
+                    "content cannot be written",
+                    hint=f"Give the passphrase of one of its key slots with --luks-passphrase-file {captured.on}=FILE, "
+                    f"or its key file with --luks-key-file {captured.on}=FILE.",
+                )
+            found.append(dataclasses.replace(key, space=layer.on))
+    return tuple(found)
+
+
+def _write(prepared: Prepared, key: RecipientKey, site: Site, result: RestoreReport, report: Report) -> None:
     reader = open_reader(prepared.repository, key, prepared.snapshot)
     images = {image.volume: image for image in prepared.snapshot.images}
     for step in prepared.plan.steps:
-        if isinstance(step, WriteImage):
+        if isinstance(step, (WriteImage, CopyFiles)):
             report(Step(f"Restoring {step.volume}"))
-            span = Span(prepared.targets[step.disk], step.start, step.size)
-            result.volumes[step.volume] = restore_image(
-                reader, images[step.volume], span, part=step.volume, report=report
-            )
+            span = Span(site.devices[step.device], step.start, step.size)
+            result.volumes[step.volume] = _bring(step, reader, images[step.image], span, report)
         else:
-            result.structure_written += apply_step(step, prepared.targets, report=report)
+            result.structure_written += apply_step(step, site, report=report)
 
 
-def _verify(prepared: Prepared, key: RecipientKey, report: Report) -> None:
+def _bring(step: WriteImage | CopyFiles, reader: Reader, image: ImageRecord, span: Span, report: Report) -> Written:
+    """Bring an image onto its place: as blocks, or as what is in it."""
+    match step:
+        case WriteImage():
+            return restore_image(reader, image, span, part=step.volume, report=report)
+        case CopyFiles(method="files"):
+            return restore_files(reader, image, span, kind=step.type, part=step.volume, report=report)
+        case CopyFiles():
+            return move_btrfs(reader, image, span, part=step.volume, report=report)
+
+
+def _verify(prepared: Prepared, key: RecipientKey, site: Site, report: Report) -> None:
     reader = open_reader(prepared.repository, key, prepared.snapshot)
     images = {image.volume: image for image in prepared.snapshot.images}
+    grown = {space for each in prepared.plan.grown for space in _spaces_of_volume(prepared.plan.result, each)}
     for step in prepared.plan.steps:
-        if isinstance(step, WriteImage) and step.volume not in prepared.plan.grown:
+        if isinstance(step, WriteImage) and step.volume not in grown:
             report(Step(f"Reading {step.volume} back"))
-            span = Span(prepared.targets[step.disk], step.start, step.size)
-            differing = verify_image(reader, images[step.volume], span, part=step.volume, report=report).written
+            span = Span(site.devices[step.device], step.start, step.size)
+            differing = verify_image(reader, images[step.image], span, part=step.volume, report=report).written
             if differing:
                 raise UnfinishedError(
                     f"{differing} bytes of {step.volume} read back differently than they were written",
                     hint=f"The disk {span.path} may be failing: look at `dmesg` and `smartctl -a {span.path}`.",
                 )
     report(Note("every restored volume reads back as it was captured"))
+
+
+def _spaces_of_volume(layout: Layout, space: SpaceId) -> tuple[SpaceId, ...]:
+    layer = layout.layer_on(space)
+    return spaces_of(layer) if layer is not None else (space,)
+
+
+def _find_kept(plan: Plan) -> frozenset[SpaceId]:
+    """Return what a plan leaves as it stands on the targets: volumes, and disks whose boot code it does not write."""
+    written = {step.device for step in plan.steps if isinstance(step, WriteBootCode)}
+    tables = {layer.on for layer in plan.result.layers if isinstance(layer, (GptTable, MbrTable))}
+    return frozenset({fate.volume for fate in plan.fates if fate.action == "kept"} | (tables - written))
 
 
 def _own_firmware(prepared: Prepared) -> str | None:

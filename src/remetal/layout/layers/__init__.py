@@ -3,23 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from remetal.layout.layers import ext, gpt, mbr, raw, swap, vfat, xfs
-from remetal.layout.layers.contract import Content, GrowingKind, TableKind, VolumeKind
-from remetal.layout.model import FileSystem, GptTable, MbrTable, Table, Volume
+import msgspec.structs
+
+from remetal.layout.layers import btrfs, exfat, ext, f2fs, gpt, luks, lvm, mbr, md, ntfs, raw, swap, vfat, xfs
+from remetal.layout.layers.contract import (
+    ContainerKind,
+    Content,
+    GroupKind,
+    GrowingKind,
+    SpanningKind,
+    TableKind,
+    VolumeKind,
+)
+from remetal.layout.model import (
+    Container,
+    FileSystem,
+    GptTable,
+    Luks,
+    MbrTable,
+    MdArray,
+    SpaceId,
+    Table,
+    Volume,
+    VolumeGroup,
+)
 from remetal.ondisk.regions import Piece
 
 TABLES: tuple[TableKind, ...] = (gpt, mbr)
 """In the order in which they are looked for."""
 
-_VOLUMES: tuple[VolumeKind, ...] = (ext, vfat, xfs, swap)
-_GROWING: tuple[GrowingKind, ...] = (ext, xfs)
+_VOLUMES: tuple[VolumeKind, ...] = (ext, vfat, xfs, ntfs, exfat, f2fs, swap)
+_GROWING: tuple[GrowingKind, ...] = (ext, xfs, ntfs, f2fs)
+
+CONTAINERS: Mapping[type[Container], ContainerKind[Any]] = {MdArray: md, VolumeGroup: lvm, Luks: luks}
+"""What provides devices when it is opened, by the record that describes it."""
+
+GROUPS: tuple[GroupKind, ...] = (md, lvm, luks, btrfs)
+"""What stands on members that are found one by one."""
 
 VOLUMES: Mapping[str, VolumeKind] = {name: kind for kind in _VOLUMES for name in kind.TYPES}
 """By blkid's name of the type."""
 
 GROWING: Mapping[str, GrowingKind] = {name: kind for kind in _GROWING for name in kind.TYPES}
 """The file systems that can grow, by blkid's name of the type."""
+
+SPANNING: Mapping[str, SpanningKind] = {"btrfs": btrfs}
+"""The file systems that may span several spaces, by blkid's name of the type."""
+
+
+def container_kind(container: Container) -> ContainerKind[Any]:
+    """Return the functions for a container of this kind."""
+    return CONTAINERS[type(container)]
 
 
 def probe_volume(content: Content) -> Volume:
@@ -43,7 +79,12 @@ def encode_table(table: Table, size: int, sector: int) -> tuple[Piece, ...]:
             return mbr.encode_table(table, size, sector)
 
 
-def plan_growth(volume: FileSystem, space: int) -> int:
-    """Return the size that a file system can grow to in a space of `space` bytes; its own if it cannot grow."""
+def plan_growth(volume: FileSystem, rooms: Mapping[SpaceId, int]) -> FileSystem:
+    """Return the file system as it will be when it has grown into its spaces of these sizes, in bytes.
+
+    It is returned as it is if it cannot grow.
+    """
+    if volume.parts:
+        return SPANNING[volume.type].plan_growth(volume, rooms)
     kind = GROWING.get(volume.type)
-    return volume.size if kind is None else kind.plan_growth(volume, space)
+    return volume if kind is None else msgspec.structs.replace(volume, size=kind.plan_growth(volume, rooms[volume.on]))

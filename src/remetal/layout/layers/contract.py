@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, TypeVar
 
-from remetal.layout.model import FileSystem, SpaceId, Table, Volume
+from remetal.errors import RemetalError
+from remetal.layout.keys import Key
+from remetal.layout.model import Container, FileSystem, SpaceId, Table, Volume
 from remetal.ondisk.regions import Read
 from remetal.system.blockdev import Span
+
+ContainerT = TypeVar("ContainerT", bound=Container)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +29,26 @@ class Content:
     read: Read
     type: str = ""
     label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a kind makes of some of its members: the layer that they form, or the sentence why they form none.
+
+    `complete` is False where the layer works without a member that may still turn up inside another one;
+    `lacks_members` is True where there is no layer without them. `spaces` are the members that are accounted for.
+    """
+
+    spaces: tuple[SpaceId, ...]
+    layer: Container | FileSystem | None = None
+    complete: bool = True
+    lacks_members: bool = False
+    problem: str = ""
+    hint: str = ""
+
+
+class CannotOpenError(RemetalError):
+    """A container that is whole cannot be opened here: no key opens it, or the kernel or its programs do not."""
 
 
 class VolumeKind(Protocol):
@@ -52,6 +79,22 @@ class GrowingKind(VolumeKind, Protocol):
     """The programs that growing needs."""
 
 
+class SpanningKind(Protocol):
+    """A file system that may span several spaces; each of them has an image of its own."""
+
+    PROGRAMS: tuple[str, ...]
+    """The programs that growing needs."""
+
+    def plan_growth(self, volume: FileSystem, rooms: Mapping[SpaceId, int]) -> FileSystem:
+        """Return the file system as it will be when it has grown into these rooms, in bytes; itself if it cannot."""
+
+    def apply_growth(self, volume: FileSystem, spans: Mapping[SpaceId, Span]) -> int:
+        """Let the file system on `spans` grow to what `volume` says; return the bytes written.
+
+        Raises ProgramFailedError if its own programs cannot; it then stands as it was restored.
+        """
+
+
 class TableKind(Protocol):
     """A kind of partition table."""
 
@@ -59,7 +102,63 @@ class TableKind(Protocol):
     """As blkid names it."""
 
     def probe_table(self, read: Read, size: int, sector: int, on: SpaceId) -> tuple[Table, tuple[str, ...]] | None:
-        """Return the table of a disk of `size` bytes and what is wrong with it, or None if there is none.
+        """Return the table of a device of `size` bytes and what is wrong with it, or None if there is none.
 
         Raises BadStructureError if there is one that cannot be trusted.
+        """
+
+
+class GroupKind(Protocol):
+    """A layer that stands on one or several members, which are found one by one."""
+
+    TYPES: tuple[str, ...]
+    """What blkid calls a member."""
+
+    def probe_groups(self, members: Sequence[Content]) -> list[Found]:
+        """Say what the members form, each member in one Found. Reads their structures and opens nothing.
+
+        A damaged member is a Found with a problem; nothing is raised for what stands on a disk.
+        """
+
+
+class ContainerKind(GroupKind, Protocol[ContainerT]):
+    """A layer that provides devices once it is opened: an array, a volume group, an encrypted container."""
+
+    PROGRAMS: tuple[str, ...]
+    """The programs that opening and making it needs."""
+
+    def open_container(
+        self, layer: ContainerT, members: Mapping[SpaceId, Span], keys: Sequence[Key], *, writable: bool
+    ) -> AbstractContextManager[Mapping[SpaceId, Path]]:
+        """Open what stands on `members` and yield the paths of the devices that it provides, by their names.
+
+        What the running system has open already is used as it is, and left open. Reading alone changes no byte of a
+        member. Raises CannotOpenError.
+        """
+
+    def is_made(self, layer: ContainerT, members: Mapping[SpaceId, Span]) -> bool:
+        """Whether this very container stands on its members, as it should be, so that it need only be opened."""
+
+    def apply_container(self, layer: ContainerT, members: Mapping[SpaceId, Span]) -> int:
+        """Make the container on its members, whatever is on them; return the bytes written.
+
+        Raises ProgramFailedError if its programs cannot; running it again starts anew.
+        """
+
+    def extensible_devices(self, layer: ContainerT) -> tuple[SpaceId, ...]:
+        """Return the devices that can get larger where the members do, the one that takes it first; pure."""
+
+    def least_space(self, layer: ContainerT, space: SpaceId, size: int, needs: Mapping[SpaceId, int]) -> int:
+        """Return how many bytes of a member, which has `size`, the container needs at least; pure.
+
+        `needs` are the bytes that its devices need, by name.
+        """
+
+    def plan_container(
+        self, layer: ContainerT, gains: Mapping[SpaceId, int], wish: SpaceId, needs: Mapping[SpaceId, int]
+    ) -> ContainerT:
+        """Return the container as it will be on members that are larger (or smaller) by `gains` bytes; pure.
+
+        The device `wish` takes what a container of several devices gains ("": none does); `needs` are the bytes that
+        its devices need at least, by name. Raises BadStructureError if it does not fit.
         """

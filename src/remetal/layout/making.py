@@ -1,0 +1,117 @@
+"""How a file system was made: what its mkfs has to be told to make the like of it, and what its files take up.
+
+It is captured with every layout, so that a file system can be made anew where its blocks do not fit. Sizes in bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TypeAlias
+
+import msgspec
+
+from remetal.ondisk.ext import ExtSettings
+from remetal.ondisk.fat_chains import count_chains, read_root_entries
+from remetal.ondisk.regions import Read
+from remetal.ondisk.xfs import XfsSettings
+
+_MAX = 1 << 63
+_MAX_TEXT = 64
+_POWERS = frozenset(1 << bit for bit in range(64))
+
+
+class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class ExtMaking(_Record, frozen=True, kw_only=True, tag_field="kind", tag="ext"):
+    """ext2, ext3, ext4: as `remetal.ondisk.ext.ExtSettings`."""
+
+    clean: bool
+    inodes: int
+    inodes_used: int
+    inode_size: int
+    cluster_size: int
+    reserved: int
+    reserved_user: int
+    reserved_group: int
+    journal: int
+    external_journal: bool
+    flex_groups: int
+    errors: str
+    max_mounts: int
+    check_interval: int
+    mount_options: tuple[str, ...]
+    mount_text: str
+    hash_algorithm: str
+
+
+class XfsMaking(_Record, frozen=True, kw_only=True, tag_field="kind", tag="xfs"):
+    """XFS: as `remetal.ondisk.xfs.XfsSettings`; `shared` bytes more are needed when files share no blocks."""
+
+    sector_size: int
+    inode_size: int
+    inodes: int
+    inodes_used: int
+    inode_percent: int
+    directory_block: int
+    log: int
+    groups: int
+    group_size: int
+    file_types: bool
+    ignores_case: bool
+    shared: int
+
+
+class FatMaking(_Record, frozen=True, kw_only=True, tag_field="kind", tag="fat"):
+    """FAT: the number of its files and folders with content, and of places in a root folder of fixed size (or 0)."""
+
+    chains: int
+    root_entries: int
+
+
+class BtrfsMaking(_Record, frozen=True, kw_only=True, tag_field="kind", tag="btrfs"):
+    """btrfs: bytes that are allocated for metadata, each copy counted once."""
+
+    metadata: int
+
+
+Making: TypeAlias = ExtMaking | XfsMaking | FatMaking | BtrfsMaking
+
+
+def describe_ext(found: ExtSettings) -> ExtMaking:
+    """Return how an ext file system was made."""
+    return ExtMaking(**asdict(found))
+
+
+def describe_xfs(found: XfsSettings, shared: int) -> XfsMaking:
+    """Return how an XFS was made; `shared` as `remetal.ondisk.xfs.read_shared` counts it."""
+    return XfsMaking(**asdict(found), shared=shared)
+
+
+def describe_fat(read: Read, size: int) -> FatMaking:
+    """Return how the FAT on a volume of `size` bytes was made. Raises BadStructureError if there is no sound one."""
+    return FatMaking(chains=count_chains(read, size), root_entries=read_root_entries(read))
+
+
+def is_possible_making(making: Making) -> bool:
+    """Whether a record from a repository holds nothing that could lead a program or a computation astray."""
+    values = [getattr(making, name) for name in making.__struct_fields__]
+    numbers = [value for value in values if isinstance(value, int)]
+    texts = [text for value in values for text in ([value] if isinstance(value, str) else [])]
+    if not all(-_MAX < number < _MAX for number in numbers) or any(len(text) > _MAX_TEXT for text in texts):
+        return False
+    if any("\0" in text or not text.isascii() for text in texts):
+        return False
+    match making:
+        case ExtMaking():
+            sizes = {making.inode_size, making.cluster_size, making.flex_groups} <= _POWERS
+            counts = 0 <= making.inodes_used <= making.inodes < 1 << 32 and making.inode_size >= 128
+            words = all(text.replace("_", "").isalnum() and len(text) <= 32 for text in making.mount_options)
+            return sizes and counts and words and min(making.reserved, making.journal) >= 0
+        case XfsMaking():
+            sizes = {making.sector_size, making.inode_size, making.directory_block} <= _POWERS
+            counts = 0 <= making.inodes_used <= making.inodes and making.groups > 0 and making.group_size > 0
+            return sizes and counts and 0 <= making.inode_percent <= 100 and min(making.log, making.shared) >= 0
+        case _:
+            return min(numbers, default=0) >= 0
