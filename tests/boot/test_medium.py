@@ -101,7 +101,8 @@ def look_around(running: Running) -> None:
     assert "remetal" in run_there(running, "remetal --version")
     assert run_there(running, "remetal recovery --look").endswith("nobody said anything: a dialogue")
     assert run_there(running, "modprobe md_mod && cat /sys/module/md_mod/parameters/start_ro") == "1"
-    tools = "partclone.extfs mkfs.xfs mkfs.vfat mkfs.btrfs lvm mdadm cryptsetup grub-install efibootmgr sfdisk"
+    tools = "partclone.extfs mkfs.xfs mkfs.vfat mkfs.btrfs mkfs.exfat resize.f2fs ntfsresize rsync "
+    tools += "lvm thin_check dmsetup mdadm cryptsetup grub-install efibootmgr sfdisk"
     assert len(run_there(running, f"which {tools}").splitlines()) == len(tools.split())
     assert run_there(running, "ps -e -o stat= | grep -c ^Z || true") == "0"
 

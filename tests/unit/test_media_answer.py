@@ -10,8 +10,9 @@ from remetal.media.answer import (
     Answer,
     CommandLine,
     Place,
-    mapping_words,
     merge_answer,
+    named_places,
+    pairs_of,
     parse_answer,
     parse_command_line,
     parse_place,
@@ -23,6 +24,16 @@ snapshot = "4be1f03a"
 machine = "phoenix"
 map = { sda = "serial:S4EVNX0M1", sdb = "/dev/vdb" }
 passphrase-file = "uuid:1234-ABCD/secret/phrase"
+luks-passphrase = "open sesame"
+luks-passphrase-file = "luks.txt"
+luks-key-file = { "sda:3" = "usb:KEYS/sda3", "vg0/home" = "/etc/home.key" }
+only = ["sda"]
+keep = ["sda:4"]
+without = ["sdb"]
+dissolve = ["md/root"]
+overwrite = ["serial:S4EVNX0M1"]
+protect = ["wwn:0x5000c500a1b2c3d4", "/dev/sdz"]
+grow = ["vg0/home", "sda:2"]
 keep-sizes = true
 verify = true
 end = "poweroff"
@@ -40,6 +51,16 @@ def test_every_field_of_an_answer_file_is_understood() -> None:
         machine="phoenix",
         map={"sda": "serial:S4EVNX0M1", "sdb": "/dev/vdb"},
         passphrase_file="uuid:1234-ABCD/secret/phrase",
+        luks_passphrase="open sesame",
+        luks_passphrase_file="luks.txt",
+        luks_key_file={"sda:3": "usb:KEYS/sda3", "vg0/home": "/etc/home.key"},
+        only=("sda",),
+        keep=("sda:4",),
+        without=("sdb",),
+        dissolve=("md/root",),
+        overwrite=("serial:S4EVNX0M1",),
+        protect=("wwn:0x5000c500a1b2c3d4", "/dev/sdz"),
+        grow=("vg0/home", "sda:2"),
         keep_sizes=True,
         verify=True,
         end="poweroff",
@@ -47,13 +68,22 @@ def test_every_field_of_an_answer_file_is_understood() -> None:
         pause=0,
         repeat=True,
     )
-    assert mapping_words(answer) == [("sda", "serial:S4EVNX0M1"), ("sdb", "/dev/vdb")]
+    assert pairs_of(answer.map) == [("sda", "serial:S4EVNX0M1"), ("sdb", "/dev/vdb")]
+    assert named_places(answer) == [
+        "usb:BACKUP/machines",
+        "uuid:1234-ABCD/secret/phrase",
+        "usb:LOGS/here",
+        "luks.txt",
+        "usb:KEYS/sda3",
+        "/etc/home.key",
+    ]
 
 
 def test_the_shortest_answer_ends_in_a_shell() -> None:
     answer = parse_answer(b'repository = "backup"\npassphrase = "a b"\nmap = "wwn:0x5000"', "a.toml")
     assert (answer.snapshot, answer.end, answer.pause, answer.repeat) == ("latest", "shell", 5, False)
-    assert mapping_words(answer) == [("", "wwn:0x5000")]
+    assert pairs_of(answer.map) == [("", "wwn:0x5000")]
+    assert (answer.overwrite, answer.grow, pairs_of(answer.luks_key_file)) == ((), (), [])
 
 
 @pytest.mark.parametrize(
@@ -69,6 +99,10 @@ def test_the_shortest_answer_ends_in_a_shell() -> None:
         ('repository = "usb:/x"\npassphrase = "p"', "usb:/x"),
         ('repository = "../x"\npassphrase = "p"', r"\.\."),
         ('repository = "x"\npassphrase = "p"\nlog = "ftp:host/x"', "ftp:host/x"),
+        ('repository = "x"\npassphrase = "p"\noverwrite = "/dev/sda"', "overwrite"),
+        ('repository = "x"\npassphrase = "p"\ngrow = ["sda:2", ""]', "grow"),
+        ('repository = "x"\npassphrase = "p"\nluks-key-file = { "sda:3" = "usb:/x" }', "usb:/x"),
+        ('repository = "x"\npassphrase = "p"\nluks-passphrase-file = ["a"]', "luks-passphrase-file"),
         ('passphrase = "p"', "repository"),
         ('repository = "x"', "exactly one of passphrase"),
         ('repository = "x"\npassphrase = "p"\nkit-file = "k"', "exactly one of passphrase"),
@@ -129,6 +163,22 @@ def test_the_kernels_command_line() -> None:
         }
     )
     assert parse_command_line("remetal.map=/dev/vda").fields == {"map": "/dev/vda"}
+    assert parse_command_line(
+        "remetal.grow=sda:2,vg0/home remetal.grow=md/data remetal.without=sdb remetal.dissolve=md/root "
+        "remetal.overwrite=serial:1,/dev/vdb remetal.protect=wwn:2 remetal.only=sda remetal.keep=sda:4 "
+        '"remetal.luks-key-file=sda:3=usb:MY KEYS/a,b" remetal.luks-key-file=vg0/home=/k '
+        "remetal.luks-passphrase-file=usb:KEYS/p"
+    ).fields == {
+        "grow": ["sda:2", "vg0/home", "md/data"],
+        "without": ["sdb"],
+        "dissolve": ["md/root"],
+        "overwrite": ["serial:1", "/dev/vdb"],
+        "protect": ["wwn:2"],
+        "only": ["sda"],
+        "keep": ["sda:4"],
+        "luks-key-file": {"sda:3": "usb:MY KEYS/a,b", "vg0/home": "/k"},
+        "luks-passphrase-file": "usb:KEYS/p",
+    }
     assert parse_command_line("remetal.mode=shell remetal.answer=usb:A/b.toml") == CommandLine(
         mode="shell", answer="usb:A/b.toml"
     )
@@ -148,6 +198,13 @@ def test_the_kernels_command_line() -> None:
         "remetal.map=sda=/dev/vda,/dev/vdb",
         "remetal.map=sda=/dev/vda,sda=/dev/vdb",
         "remetal.map==/dev/vdb",
+        "remetal.map=",
+        "remetal.grow=",
+        "remetal.grow=sda:2,",
+        "remetal.overwrite",
+        "remetal.luks-passphrase=secret",
+        "remetal.luks-key-file=",
+        "remetal.luks-key-file=sda:3=/a remetal.luks-key-file=/b",
     ],
 )
 def test_what_is_not_understood_on_the_command_line_is_refused(word: str) -> None:
@@ -161,5 +218,8 @@ def test_the_command_line_goes_over_the_answer_file() -> None:
     merged = merge_answer(file, line, "f")
     assert (merged.repository, merged.end, merged.map) == ("a", "shell", "/dev/vdb")
     assert (merged.passphrase, merged.kit_file) == (None, "usb:K/kit.txt")
+    file = parse_answer(b'repository = "a"\npassphrase = "p"\noverwrite = ["/dev/vda"]\ngrow = ["sda:2"]', "f")
+    merged = merge_answer(file, parse_command_line("remetal.overwrite=/dev/vdb remetal.luks-key-file=k"), "f")
+    assert (merged.overwrite, merged.grow, merged.luks_key_file) == (("/dev/vdb",), ("sda:2",), "k")
     with pytest.raises(RefusedError, match="the kernel's command line"):
         merge_answer(None, parse_command_line("remetal.repo=a remetal.end=halt"), "")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from remetal.errors import RefusedError, RemetalError, UsageError
+from remetal.image import copy, move
+from remetal.layout.disks import find_disks
+from remetal.layout.inventory import probe_inventory
+from remetal.layout.layers import CONTAINERS, GROWING, SPANNING, swap
 from remetal.media.apt import parse_index_targets, probe_apt_sources
 from remetal.media.grub import CONSOLES, plan_menu
 from remetal.media.initramfs import Member, write_archive
@@ -16,7 +21,11 @@ from remetal.media.iso import write_esp
 from remetal.media.own import TREE, copy_tree, find_dependencies
 from remetal.media.packages import recovery_packages
 from remetal.media.root import plan_module_order
-from remetal.media.volumes import AttachedDisk, parse_disks, parse_volumes, select_disk
+from remetal.media.volumes import AttachedDisk, parse_volumes, probe_disks, select_disk
+from remetal.system.run import PACKAGES
+from tests.machines.record import rebuild
+
+RAW = Path(__file__).parents[1] / "machines/raw"
 
 TARGETS = """\
 http://mirror.test/debian/|bookworm|main|Debian
@@ -142,6 +151,19 @@ def test_the_kernel_comes_first_among_the_packages() -> None:
     assert len(set(packages)) == len(packages)
 
 
+def test_the_medium_brings_every_program_that_a_restore_may_call() -> None:
+    called = {*swap.PROGRAMS, *copy.PROGRAMS, *move.PROGRAMS}
+    called |= {program for each in CONTAINERS.values() for program in each.PROGRAMS}
+    called |= {program for each in GROWING.values() for program in each.PROGRAMS}
+    called |= {program for each in SPANNING.values() for program in each.PROGRAMS}
+    called |= {name for name in PACKAGES if name.startswith(("fsck.", "mkfs.", "thin_", "tune"))} | {
+        "mke2fs",
+        "dmsetup",
+    }
+    there = {*recovery_packages("debian"), "mount", "util-linux"}
+    assert {program: PACKAGES[program] for program in called if PACKAGES[program] not in there} == {}
+
+
 BLKID = """\
 DEVNAME=/dev/sdb1
 LABEL=MY\\ DISK
@@ -166,22 +188,45 @@ def test_volumes_are_those_that_can_be_looked_into() -> None:
     assert (second.label, str(second)) == ("MY DISK", "/dev/sdb1 (MY DISK, vfat)")
 
 
-LSBLK = b"""{"blockdevices": [
- {"path":"/dev/sda","size":100,"model":"A  ","serial":"S1","wwn":"0x5","tran":"sata","type":"disk"},
- {"path":"/dev/sdb","size":100,"model":null,"serial":"S1","wwn":null,"tran":"usb","type":"disk"},
- {"path":"/dev/sdc","size":0,"model":"reader","serial":"S3","wwn":null,"tran":"usb","type":"disk"},
- {"path":"/dev/loop0","size":100,"model":null,"serial":null,"wwn":null,"tran":null,"type":"loop"},
- {"path":"/dev/sr0","size":100,"model":"CD","serial":"S9","wwn":null,"tran":"sata","type":"rom"}]}"""
+def test_this_hosts_disks_are_those_that_a_probe_shows() -> None:
+    found = probe_disks()
+    assert [disk.path for disk in found] == find_disks()
+    assert [disk.size for disk in found] == [disk.size for disk in probe_inventory().disks]
 
 
-def test_disks_are_chosen_by_what_tells_them_apart() -> None:
-    disks = parse_disks(LSBLK)
-    assert [str(disk.path) for disk in disks] == ["/dev/sda", "/dev/sdb"]
-    assert select_disk("wwn:0x5", disks) == Path("/dev/sda")
-    assert select_disk("/dev/nvme0n1", disks) == Path("/dev/nvme0n1")
-    for wanted in ("serial:S1", "serial:S3", "serial:", "wwn:", "label:x", "sda"):
-        with pytest.raises(RefusedError, match=wanted):
-            select_disk(wanted, disks)
+@pytest.mark.parametrize(
+    ("machine", "disks"), [("uml-multipath", ["dm-0", "ubdc"]), ("uml-imsm", ["ubdc", "md125", "md126"])]
+)
+def test_paths_and_members_of_others_are_not_offered(machine: str, disks: list[str], tmp_path: Path) -> None:
+    rebuild(json.loads((RAW / f"{machine}.json").read_text())["tree"], tmp_path)
+    assert [disk.path.name for disk in probe_disks(tmp_path / "sys")] == disks
+
+
+DISKS = (
+    AttachedDisk(path=Path("/dev/sda"), size=100, serial="S1", wwn="naa.5000c500a1b2c3d4"),
+    AttachedDisk(path=Path("/dev/sdb"), size=100, serial="S1", bus="usb"),
+    AttachedDisk(path=Path("/dev/sdc"), size=100, serial="S3"),
+)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "path"),
+    [
+        ("wwn:naa.5000c500a1b2c3d4", "/dev/sda"),
+        ("wwn:0x5000C500A1B2C3D4", "/dev/sda"),
+        ("serial:S3", "/dev/sdc"),
+        ("/dev/nvme0n1", "/dev/nvme0n1"),
+    ],
+)
+def test_disks_are_chosen_by_what_tells_them_apart(wanted: str, path: str) -> None:
+    assert select_disk(wanted, DISKS) == Path(path)
+
+
+@pytest.mark.parametrize("wanted", ["serial:S1", "serial:S9", "serial:", "wwn:", "wwn:0x0", "label:x", "sda"])
+def test_what_names_no_disk_or_several_is_refused_with_a_list(wanted: str) -> None:
+    with pytest.raises(RefusedError, match=wanted) as caught:
+        select_disk(wanted, DISKS)
+    assert "/dev/sdc serial:S3" in caught.value.hint
 
 
 def test_a_disk_without_an_identity_is_never_chosen_by_it() -> None:

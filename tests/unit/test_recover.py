@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -219,3 +221,44 @@ def test_a_recovery_without_its_repository_touches_nothing_and_unmounts_everythi
         assert recovery.log_volume == volume
         assert recovery.plan == b""
         assert str(volume.device) not in [mount.source for mount in probe_mounts()]
+
+
+def test_an_answer_names_a_target_twice_and_brings_keys(tmp_path: Path) -> None:
+    """Data on a target are lost only where the answer says so; a bad key file is told before anything is touched."""
+    source, target = tmp_path / "m.img", tmp_path / "t.img"
+    for path, kind, name in ((source, "ext4", "system"), (target, "ext2", "precious")):
+        with path.open("wb") as file:
+            file.truncate(16 << 20)
+        subprocess.run([f"mkfs.{kind}", "-q", "-L", name, path], check=True, capture_output=True)
+    before = target.read_bytes()
+    with attached(tmp_path, new_label(), {"phrase": b"p\n", "empty": b"", "key": b"1234"}) as volume:
+        with opened_volume(volume, writable=True) as top:
+            options = ["--repo", str(top / "backup"), "--quiet"]
+            environment = os.environ | {"REMETAL_STATE": str(tmp_path / "state")}
+            remetal = str(Path(sys.executable).with_name("remetal"))
+            subprocess.run([remetal, "init", *options, "--passphrase-file", str(top / "phrase")], check=True)
+            argv = [remetal, "backup", *options, "--disk", str(source), "--machine", "m"]
+            subprocess.run(argv, check=True, env=environment, stdin=subprocess.DEVNULL)
+
+        def carry_out(**fields: object) -> Recovery:
+            recovery = Recovery(found_on(volume, map=str(target), pause=0, **fields))
+            recover(recovery, lambda prepared: None, silent)
+            return recovery
+
+        for fields, told in (
+            ({}, "precious"),
+            ({"overwrite": (str(source),)}, "which is no target"),
+            ({"overwrite": (str(target),), "protect": (str(target),)}, "must not be overwritten"),
+            ({"overwrite": (str(target),), "without": ("m.img",)}, "is left out"),
+            ({"overwrite": (str(target),), "luks_key_file": {"m.img": "empty"}}, "'empty' is empty"),
+            ({"overwrite": (str(target),), "luks_passphrase_file": "empty"}, "first line of 'empty'"),
+            ({"overwrite": (str(target),), "luks_key_file": "none"}, "no 'none'"),
+            ({"overwrite": (str(target),), "grow": ("m.img:7",)}, "m.img:7"),
+        ):
+            with pytest.raises(RemetalError, match=told):
+                carry_out(**fields)
+            assert target.read_bytes() == before
+        done = carry_out(overwrite=(str(target),), luks_key_file="key", luks_passphrase_file={"m.img": "phrase"})
+        assert done.report is not None
+        assert done.report.written > 0
+    assert b"system" in target.read_bytes()[: 8 << 10]

@@ -38,8 +38,10 @@ _HINT = "How an answer file looks is in the how-to 'Recover without a keyboard'.
 class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
     """Everything that an unattended recovery needs to know. Places are written as `Place` understands them.
 
-    `map` is a target for the only disk, or source disk = target. `pause` is how many seconds the plan is shown
-    before it is carried out. `repeat` lets the same snapshot be restored onto the same disks again.
+    `map` is a target for the only disk, or source disk = target; `overwrite` are targets that are named a second time,
+    because what is on them may be lost, and `protect` disks that are never written to. A LUKS file is the place of one
+    that is tried on every container, or space = place. `pause` is how many seconds the plan is shown before it is
+    carried out. `repeat` lets the same snapshot be restored onto the same disks again.
     """
 
     repository: _Text
@@ -49,6 +51,16 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     passphrase: _Text | None = None
     passphrase_file: _Text | None = None
     kit_file: _Text | None = None
+    luks_passphrase: _Text | None = None
+    luks_passphrase_file: _Text | dict[_Text, _Text] = msgspec.field(default_factory=dict)
+    luks_key_file: _Text | dict[_Text, _Text] = msgspec.field(default_factory=dict)
+    only: tuple[_Text, ...] = ()
+    keep: tuple[_Text, ...] = ()
+    without: tuple[_Text, ...] = ()
+    dissolve: tuple[_Text, ...] = ()
+    overwrite: tuple[_Text, ...] = ()
+    protect: tuple[_Text, ...] = ()
+    grow: tuple[_Text, ...] = ()
     keep_sizes: bool = False
     verify: bool = False
     end: End = "shell"
@@ -98,9 +110,8 @@ def convert_answer(fields: dict[str, object], origin: str) -> Answer:
     """Return the answer that these fields make. Raises RefusedError that names `origin` and the field."""
     try:
         answer = msgspec.convert(fields, Answer)
-        for place in (answer.repository, answer.passphrase_file, answer.kit_file, answer.log):
-            if place is not None:
-                parse_place(place)
+        for place in named_places(answer):
+            parse_place(place)
     except (msgspec.ValidationError, UsageError) as error:
         raise RefusedError(f"{origin} is not a good answer: {_told(error)}", hint=_HINT) from error
     secrets = [answer.passphrase, answer.passphrase_file, answer.kit_file]
@@ -110,6 +121,18 @@ def convert_answer(fields: dict[str, object], origin: str) -> Answer:
             hint=_HINT,
         )
     return answer
+
+
+def named_places(answer: Answer) -> list[str]:
+    """Return all places that an answer names."""
+    single = (answer.repository, answer.passphrase_file, answer.kit_file, answer.log)
+    paired = (*pairs_of(answer.luks_passphrase_file), *pairs_of(answer.luks_key_file))
+    return [place for place in single if place is not None] + [place for _, place in paired]
+
+
+def pairs_of(field: str | dict[str, str]) -> list[tuple[str, str]]:
+    """Return what a field of pairs says; the first of a pair is empty where the field is one text for all."""
+    return [("", field)] if isinstance(field, str) else list(field.items())
 
 
 def parse_place(text: str) -> Place:
@@ -139,6 +162,13 @@ def _told(error: Exception) -> str:
 
 _WORDS = {"repo": "repository"}
 _SWITCHES = {"keep-sizes", "verify", "repeat"}
+_LISTS = {"map", "only", "keep", "without", "dissolve", "overwrite", "protect", "grow"}
+_PAIRS = {
+    "map": "Write remetal.map=SOURCE=TARGET for every disk, or remetal.map=TARGET where there is one.",
+    "luks-passphrase-file": "Write remetal.luks-passphrase-file=SPACE=PLACE for each container, or PLACE for all.",
+    "luks-key-file": "Write remetal.luks-key-file=SPACE=PLACE for each container, or PLACE for all.",
+}
+"""Fields of pairs, and how they are written."""
 _PLAIN = {"repository", "snapshot", "machine", "passphrase-file", "kit-file", "end", "log"}
 
 
@@ -151,7 +181,7 @@ def parse_command_line(text: str) -> CommandLine:
     fields: dict[str, object] = {}
     mode: Mode = "auto"
     answer: str | None = None
-    targets: list[str] = []
+    lists: dict[str, list[str]] = {}
     for word in _split_arguments(text):
         name, equals, value = word.partition("=")
         if not name.startswith("remetal."):
@@ -159,8 +189,10 @@ def parse_command_line(text: str) -> CommandLine:
         name = _WORDS.get(name.removeprefix("remetal."), name.removeprefix("remetal."))
         if name in _SWITCHES and (not equals or value in {"yes", "no"}):
             fields[name] = value != "no"
-        elif name == "map" and value:
-            targets += value.split(",")
+        elif name in _LISTS and all(value.split(",")):
+            lists.setdefault(name, []).extend(value.split(","))
+        elif name in _PAIRS and value:
+            lists.setdefault(name, []).append(value)
         elif name == "mode" and value in {"auto", "dialogue", "shell"}:
             mode = msgspec.convert(value, Mode)
         elif name == "answer" and value:
@@ -174,8 +206,8 @@ def parse_command_line(text: str) -> CommandLine:
                 f"'{word}' on the kernel's command line is not understood",
                 hint="Correct it in the boot menu (key e).",
             )
-    if targets:
-        fields["map"] = _parse_targets(targets)
+    for name, words in lists.items():
+        fields[name] = _parse_pairs(name, words) if name in _PAIRS else words
     return CommandLine(mode=mode, answer=answer, fields=fields)
 
 
@@ -190,21 +222,14 @@ def merge_answer(file: Answer | None, line: CommandLine, origin: str) -> Answer:
     return convert_answer(fields | line.fields, where)
 
 
-def mapping_words(answer: Answer) -> list[tuple[str, str]]:
-    """Return (source disk, target) pairs; the source is empty where the answer names only a target."""
-    return [("", answer.map)] if isinstance(answer.map, str) else list(answer.map.items())
-
-
-def _parse_targets(words: list[str]) -> str | dict[str, str]:
+def _parse_pairs(name: str, words: list[str]) -> str | dict[str, str]:
+    """Return the one word, or the table that several words `LEFT=RIGHT` make. Raises RefusedError."""
     pairs = [word.partition("=") for word in words]
     if len(pairs) == 1 and not pairs[0][1]:
         return words[0]
-    table = {source: target for source, equals, target in pairs if equals and source and target}
+    table = {left: right for left, equals, right in pairs if equals and left and right}
     if len(table) != len(words):
-        raise RefusedError(
-            f"remetal.map={','.join(words)} is not understood",
-            hint="Write remetal.map=SOURCE=TARGET for every disk, or remetal.map=TARGET where there is one.",
-        )
+        raise RefusedError(f"remetal.{name}={','.join(words)} is not understood", hint=_PAIRS[name])
     return table
 
 

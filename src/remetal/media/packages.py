@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 _STORAGE = """
-    btrfs-progs cryptsetup-bin dosfstools e2fsprogs exfatprogs fdisk gdisk lvm2 mdadm mtools ntfs-3g
-    parted partclone xfsprogs
+    btrfs-progs cryptsetup-bin dmsetup dosfstools e2fsprogs exfatprogs f2fs-tools fdisk gdisk lvm2 mdadm mtools ntfs-3g
+    parted partclone rsync thin-provisioning-tools xfsprogs
 """
 _BOOT = """
     efibootmgr grub-efi-amd64-bin grub-efi-amd64-signed grub-pc-bin grub2-common shim-signed
@@ -16,7 +16,7 @@ _NETWORK = """
     ca-certificates curl iproute2 iputils-ping netbase openssh-client
 """
 _RESCUE = """
-    acl attr dmidecode file gddrescue hdparm less lsscsi nano nvme-cli pciutils rsync smartmontools usbutils
+    acl attr dmidecode file gddrescue hdparm less lsscsi nano nvme-cli pciutils smartmontools usbutils
     xz-utils zstd
 """
 _KERNEL = {"debian": "linux-image-amd64", "ubuntu": "linux-image-generic"}

@@ -7,9 +7,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from remetal.errors import RefusedError, RemetalError
+from remetal.layout.disks import find_disks
+from remetal.layout.identity import SYS, describe_disk, find_kernel_name
+from remetal.layout.sameness import plain_wwn
 from remetal.media.answer import Place, parse_place
 from remetal.system.mounts import mounted, probe_mounts
 from remetal.system.run import find_program, run
@@ -83,53 +84,33 @@ def _unescape(text: str) -> str:
     return text.replace("\\\\", "\0").replace("\\", "").replace("\0", "\\")
 
 
-def probe_disks() -> list[AttachedDisk]:
-    """Return this machine's disks according to `lsblk --nodeps --json` (lsblk(8))."""
-    columns = "PATH,SIZE,MODEL,SERIAL,WWN,TRAN,TYPE"
-    return parse_disks(run(["lsblk", "--nodeps", "--bytes", "--json", "--output", columns]).stdout)
+def probe_disks(sys: Path = SYS) -> list[AttachedDisk]:
+    """Return this machine's disks: those that `remetal probe` shows, under the same names and numbers.
 
-
-class _Row(msgspec.Struct):
-    path: str
-    size: int
-    type: str
-    model: str | None = None
-    serial: str | None = None
-    wwn: str | None = None
-    tran: str | None = None
-
-
-class _Table(msgspec.Struct):
-    blockdevices: list[_Row]
-
-
-def parse_disks(data: bytes) -> list[AttachedDisk]:
-    """Parse lsblk's JSON; only whole disks with a medium in them count."""
-    rows = msgspec.json.decode(data, type=_Table).blockdevices
-    return [
-        AttachedDisk(
-            path=Path(row.path),
-            size=row.size,
-            model=(row.model or "").strip(),
-            serial=(row.serial or "").strip(),
-            wwn=(row.wwn or "").strip(),
-            bus=row.tran or "",
-        )
-        for row in rows
-        if row.type == "disk" and row.size > 0 and not row.path.startswith(("/dev/ram", "/dev/zram", "/dev/fd"))
-    ]
+    Paths of a multipath device and members of a firmware RAID are none. `sys` is where sysfs is mounted.
+    """
+    found = []
+    for path in find_disks(sys):
+        disk = describe_disk(find_kernel_name(path), sys)
+        found.append(AttachedDisk(path, disk.size, disk.model, disk.serial, disk.wwn, disk.bus))
+    return found
 
 
 def select_disk(wanted: str, disks: Sequence[AttachedDisk]) -> Path:
-    """Return the one disk that `wanted` means: a path, `serial:…` or `wwn:…`.
+    """Return the one disk that `wanted` means: a path, `serial:…` or `wwn:…`, however that is spelled.
 
     Raises RefusedError that lists the disks if none or several fit.
     """
     if wanted.startswith("/"):
         return Path(wanted)
     scheme, _, value = wanted.partition(":")
-    known = {"serial": lambda disk: disk.serial, "wwn": lambda disk: disk.wwn}
-    fitting = [disk for disk in disks if value and scheme in known and known[scheme](disk) == value]
+    match scheme:
+        case "serial":
+            fitting = [disk for disk in disks if value and disk.serial == value]
+        case "wwn":
+            fitting = [disk for disk in disks if plain_wwn(value) and plain_wwn(disk.wwn) == plain_wwn(value)]
+        case _:
+            fitting = []
     if len(fitting) == 1:
         return fitting[0].path
     there = "; ".join(f"{disk.path} serial:{disk.serial or '-'} wwn:{disk.wwn or '-'}" for disk in disks) or "none"
