@@ -18,7 +18,7 @@ from remetal.events import Report, Warn, silent
 from remetal.events import Step as Title
 from remetal.layout.keys import Key
 from remetal.layout.layers import GROWING, SPANNING, container_kind, encode_table, lvm, swap
-from remetal.layout.model import Container, Layout, SpaceId, Swap, device_names
+from remetal.layout.model import Container, Layout, SpaceId, Swap, VolumeGroup, device_names
 from remetal.layout.opened import members_of, span_of
 from remetal.layout.remake import apply_remake
 from remetal.layout.signatures import probe_signature
@@ -69,11 +69,19 @@ def need_step_programs(steps: Iterable[Step]) -> None:
                 programs.update(SPANNING[step.volume.type].PROGRAMS)
             case OpenContainer():
                 programs.update(container_kind(step.container).PROGRAMS)
+                programs.update(_programs_of_pools(step.container))
+            case CopyFiles():
+                programs.add("rsync" if step.method == "files" else "btrfs")
             case RemakeFileSystem():
                 programs.update(step.remake.programs, ("wipefs",))
             case _:
                 pass
     need_programs(*sorted(programs))
+
+
+def _programs_of_pools(container: Container) -> tuple[str, ...]:
+    thin = isinstance(container, VolumeGroup) and any(each.kind == "thin-pool" for each in container.volumes)
+    return ("thin_check", "thin_restore") if thin else ()
 
 
 class Site:

@@ -31,7 +31,6 @@ class ExtMaking(_Record, frozen=True, kw_only=True, tag_field="kind", tag="ext")
     inodes: int
     inodes_used: int
     inode_size: int
-    cluster_size: int
     reserved: int
     reserved_user: int
     reserved_group: int
@@ -44,6 +43,7 @@ class ExtMaking(_Record, frozen=True, kw_only=True, tag_field="kind", tag="ext")
     mount_options: tuple[str, ...]
     mount_text: str
     hash_algorithm: str
+    hash_seed: str = ""
 
 
 class XfsMaking(_Record, frozen=True, kw_only=True, tag_field="kind", tag="xfs"):
@@ -105,7 +105,7 @@ def is_possible_making(making: Making) -> bool:
         return False
     match making:
         case ExtMaking():
-            sizes = {making.inode_size, making.cluster_size, making.flex_groups} <= _POWERS
+            sizes = {making.inode_size, making.flex_groups} <= _POWERS
             counts = 0 <= making.inodes_used <= making.inodes < 1 << 32 and making.inode_size >= 128
             words = all(text.replace("_", "").isalnum() and len(text) <= 32 for text in making.mount_options)
             return sizes and counts and words and min(making.reserved, making.journal) >= 0

@@ -106,7 +106,6 @@ class ExtSettings:
     inodes: int
     inodes_used: int
     inode_size: int
-    cluster_size: int
     reserved: int
     reserved_user: int
     reserved_group: int
@@ -119,6 +118,8 @@ class ExtSettings:
     mount_options: tuple[str, ...]
     mount_text: str
     hash_algorithm: str
+    hash_seed: str = ""
+    """As a UUID; empty where there is none."""
 
 
 def parse_ext(read: Read, size: int) -> ExtSuperblock:
@@ -160,7 +161,6 @@ def parse_ext(read: Read, size: int) -> ExtSuperblock:
 
 def _parse_settings(data: bytes, block_size: int, wide: bool, journalled: bool) -> ExtSettings:
     inodes, _, reserved_low, _, free_inodes = struct.unpack_from("<IIIII", data)
-    (log_cluster,) = struct.unpack_from("<I", data, 0x1C)
     max_mounts, _, state, errors = struct.unpack_from("<hHHH", data, 0x36)
     check_interval, _, revision, user, group = struct.unpack_from("<IIIHH", data, 0x44)
     (inode_size,) = struct.unpack_from("<H", data, 0x58) if revision else (128,)
@@ -169,14 +169,13 @@ def _parse_settings(data: bytes, block_size: int, wide: bool, journalled: bool) 
     (options,) = struct.unpack_from("<I", data, 0x100)
     journal_high, journal_low = struct.unpack_from("<II", data, 0x10C + 15 * 4)
     (reserved_high,) = struct.unpack_from("<I", data, 0x154) if wide else (0,)
-    if free_inodes > inodes or inode_size not in _INODE_SIZES or inode_size > block_size or log_cluster > 20:
+    if free_inodes > inodes or inode_size not in _INODE_SIZES or inode_size > block_size:
         raise BadStructureError("the superblock of the ext file system has impossible counts")
     return ExtSettings(
         clean=bool(state & 1) and not state & 2 and "needs_recovery" not in _incompatible(data),
         inodes=inodes,
         inodes_used=inodes - free_inodes,
         inode_size=inode_size,
-        cluster_size=max(1024 << log_cluster, block_size),
         reserved=(reserved_high << 32 | reserved_low) * block_size,
         reserved_user=user,
         reserved_group=group,
@@ -189,6 +188,7 @@ def _parse_settings(data: bytes, block_size: int, wide: bool, journalled: bool) 
         mount_options=tuple(_mount_options(options)),
         mount_text=data[0x200:0x240].split(b"\0")[0].decode("ascii", "replace"),
         hash_algorithm=_HASHES[hash_version % 3] if hash_version < 6 else "",
+        hash_seed=str(uuid.UUID(bytes=data[0xEC:0xFC])) if any(data[0xEC:0xFC]) else "",
     )
 
 

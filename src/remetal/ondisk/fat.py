@@ -30,6 +30,7 @@ class FatBootSector:
     cluster_size: int
     bits: int
     serial: str
+    sector_size: int
 
 
 def parse_fat(read: Read, size: int) -> FatBootSector:
@@ -65,6 +66,7 @@ def parse_fat(read: Read, size: int) -> FatBootSector:
         cluster_size=cluster * sector,
         bits=bits,
         serial=f"{serial >> 16:04X}-{serial & 0xFFFF:04X}",
+        sector_size=sector,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from remetal.layout.layers.contract import Content
+from remetal.layout.making import describe_ext
 from remetal.layout.model import FileSystem
 from remetal.ondisk.ext import parse_ext
 from remetal.system.blockdev import Span, open_disk
@@ -26,6 +27,7 @@ def probe_volume(content: Content) -> FileSystem:
         uuid=found.uuid,
         label=found.label,
         features=found.features,
+        making=describe_ext(found.settings),
     )
 
 

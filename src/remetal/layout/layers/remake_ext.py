@@ -9,6 +9,7 @@ from remetal.layout.layers.remaking import (
     UNKNOWN,
     Plan,
     Remake,
+    find_obstacle,
     fits,
     folder_growth,
     larger_blocks,
@@ -26,6 +27,7 @@ _REFUSED = {
     "verity": "files under verity cannot be copied as such",
     "casefold": "folders that ignore case cannot be copied as such",
     "imagic_inodes": "it is of an AFS server",
+    "bigalloc": "its blocks come in clusters (bigalloc), so that nobody knows how much its files take up when copied",
     "compression": "no kernel reads compressed files on ext2",
     "dirdata": "it is of a Lustre server",
     "journal_dev": "it is a journal",
@@ -37,7 +39,7 @@ _USUAL_OPTIONS = ("user_xattr", "acl")
 _LABEL, _LEAST_BLOCK = 16, 1024
 _LOST_AND_FOUND = 64 * 1024
 _LEAST_JOURNAL = 1024  # blocks
-_KERNEL_RESERVE = 4096  # clusters, EXT4_DEF_RESERVED_CLUSTERS in fs/ext4
+_KERNEL_RESERVE = 4096  # blocks, EXT4_DEF_RESERVED_CLUSTERS in fs/ext4
 _MAP_ENTRY, _BLOCK_NUMBER = 12, 4
 
 
@@ -53,10 +55,9 @@ def plan_remake(volume: FileSystem, making: Making | None, space: int, sector: i
     if refusal:
         return refusal
     block = max(volume.block_size, sector)
-    cluster = max(making.cluster_size, block)
-    data = _count_data(volume, making, cluster)
+    data = _count_data(volume, making, block)
     least = making.inodes_used + making.inodes_used // 16 + 64
-    shape = _Shape(volume, making, block, cluster)
+    shape = _Shape(volume, making, block)
     needed = least_size(data, lambda size: shape.overhead(size, least), block)
     usual = making.inodes * space // volume.size
     inodes = usual if usual > least and data + shape.overhead(space, usual) <= space else least
@@ -84,17 +85,19 @@ def _find_refusal(volume: FileSystem, making: ExtMaking) -> str:
         return "its journal lies on another device"
     if not making.clean:
         return (
-            "it was not unmounted cleanly, so that nobody knows how much its files take up; unmount or check it first"
+            "it was not unmounted cleanly, so that nobody knows how much its files take up: check it, back it up again"
         )
-    return ""
+    if volume.block_size < _LEAST_BLOCK:
+        return f"it has blocks of {volume.block_size} bytes"
+    return find_obstacle(volume, _LABEL)
 
 
-def _count_data(volume: FileSystem, making: ExtMaking, cluster: int) -> int:
-    """Return the bytes that everything but the fixed structures may take up in clusters of this size."""
+def _count_data(volume: FileSystem, making: ExtMaking, block: int) -> int:
+    """Return the bytes that everything but the fixed structures may take up in blocks of this size."""
     data = max(volume.used - making.inodes * making.inode_size - making.journal, 0)
     grown = data + folder_growth(data, making.inodes_used) + _LOST_AND_FOUND
-    if cluster > max(making.cluster_size, volume.block_size) or "inline_data" in volume.features:
-        grown += making.inodes_used * cluster
+    if block > volume.block_size or "inline_data" in volume.features:
+        grown += making.inodes_used * block
     if "extent" in volume.features:
         return grown + data // (volume.block_size // _MAP_ENTRY - 2)
     return grown + data // (volume.block_size // _BLOCK_NUMBER - 1)
@@ -103,11 +106,11 @@ def _count_data(volume: FileSystem, making: ExtMaking, cluster: int) -> int:
 class _Shape:
     """The fixed structures of the file system to be made."""
 
-    def __init__(self, volume: FileSystem, making: ExtMaking, block: int, cluster: int) -> None:
-        self.block, self.cluster = block, cluster
+    def __init__(self, volume: FileSystem, making: ExtMaking, block: int) -> None:
+        self.block = block
         self.inode_size = making.inode_size
         self.features = set(volume.features)
-        self.group = 8 * block * (cluster if "bigalloc" in self.features else block)
+        self.group = 8 * block * block
         self.captured_journal = making.journal
 
     def journal(self, size: int) -> int:
@@ -124,11 +127,11 @@ class _Shape:
         journal = self.journal(size)
         descriptors, reserved = self._descriptors(size, groups)
         backups = self._backups(groups) * (1 + descriptors + reserved) * self.block
-        fixed = groups * (table + 2 * self.block + 4 * (self.cluster - self.block))
-        kernel = min(size // 50, _KERNEL_RESERVE * self.cluster) if "extent" in self.features else 0
+        fixed = groups * (table + 2 * self.block)
+        kernel = min(size // 50, _KERNEL_RESERVE * self.block) if "extent" in self.features else 0
         # mke2fs leaves a last group away that would hold little more than its own tables.
         last = table + (64 + 2 + 1 + descriptors + reserved) * self.block
-        return fixed + backups + journal + journal // 64 + kernel + last + 64 * self.cluster
+        return fixed + backups + journal + journal // 64 + kernel + last
 
     def _descriptors(self, size: int, groups: int) -> tuple[int, int]:
         """Return the blocks of group descriptors, and of those that are set aside for growing."""
@@ -159,13 +162,11 @@ def _commands(volume: FileSystem, making: ExtMaking, shape: _Shape, size: int, i
     percent = min(making.reserved / volume.size * 100, 50)
     make = ["mke2fs", "-F", "-q", "-b", str(shape.block), "-I", str(making.inode_size), "-N", str(inodes)]
     make += ["-O", ",".join(["none", *features]), "-m", f"{percent:.4f}", "-e", making.errors]
-    make += ["-E", "nodiscard"]
+    make += ["-E", f"nodiscard,hash_seed={making.hash_seed}" if making.hash_seed else "nodiscard"]
     if volume.uuid:
         make += ["-U", volume.uuid]
     if volume.label:
         make += ["-L", volume.label]
-    if "bigalloc" in features:
-        make += ["-C", str(shape.cluster)]
     if "flex_bg" in features and making.flex_groups > 1:
         make += ["-G", str(making.flex_groups)]
     journal = shape.journal(size)

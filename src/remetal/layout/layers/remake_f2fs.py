@@ -42,7 +42,7 @@ def plan_remake(volume: FileSystem, making: Making | None, space: int, sector: i
         Remake(
             method="files",
             needed=least_size(data, _overhead, _BLOCK),
-            size=align_down(space, _BLOCK) * 63 // 64 - 4 * MIB,
+            size=max(align_down(space, _BLOCK) * 63 // 64 - 4 * MIB, _BLOCK),
             block_size=_BLOCK,
             features=volume.features,
             commands=(tuple(words),),

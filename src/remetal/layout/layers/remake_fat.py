@@ -39,7 +39,7 @@ def plan_vfat(volume: FileSystem, making: Making | None, space: int, sector: int
         Remake(
             method="files",
             needed=needed,
-            size=space - space // 64 - MIB,
+            size=max(space - space // 64 - MIB, cluster),
             block_size=cluster,
             features=(f"fat{bits}",),
             commands=(_command(volume, making, bits, cluster, sector),),
@@ -65,15 +65,17 @@ def _command(volume: FileSystem, making: FatMaking, bits: int, cluster: int, sec
 
 
 def plan_exfat(volume: FileSystem, making: Making | None, space: int, sector: int) -> Plan:
-    """Decide how to make an exFAT anew on `space` bytes; its clusters keep their size."""
-    if sector != 512:
-        return f"exFAT is made for the sectors of its disk; remetal does not do that for sectors of {sector} bytes"
+    """Decide how to make an exFAT anew on `space` bytes of a device with sectors of `sector` bytes.
+
+    Its clusters become as large as a sector at least; then every cluster may need one of the new size.
+    """
     if "texfat" in volume.features:
         return "it is of a kind (TexFAT) that Linux does not make"
     if find_obstacle(volume, 3 * _LABEL):
         return find_obstacle(volume, 3 * _LABEL)
-    cluster = volume.block_size
-    needed = volume.used + volume.used // cluster * 8 + 4 * MIB
+    cluster = max(volume.block_size, sector)
+    data = volume.used // volume.block_size * cluster
+    needed = data + data // cluster * 8 + 4 * MIB
     label = ("-L", volume.label) if volume.label else ()
     make = ("mkfs.exfat", "-c", str(cluster), *label)
     serial = ("tune.exfat", "-I", f"0x{volume.uuid.replace('-', '')}")
@@ -81,10 +83,11 @@ def plan_exfat(volume: FileSystem, making: Making | None, space: int, sector: in
         Remake(
             method="files",
             needed=needed,
-            size=space - space // 64 - 4 * MIB,
+            size=max(space - space // 64 - 4 * MIB, cluster),
             block_size=cluster,
             commands=(make, serial) if volume.uuid else (make,),
             checks=(("fsck.exfat", "-y"),),
+            losses=(larger_blocks(cluster, volume.block_size),) if cluster > volume.block_size else (),
         ),
         space,
     )

@@ -55,7 +55,7 @@ def plan_remake(volume: FileSystem, making: Making | None, space: int, sector: i
         Remake(
             method="files",
             needed=needed,
-            size=align_down(space, shape.block) * 63 // 64,
+            size=max(align_down(space, shape.block) * 63 // 64, shape.block),
             block_size=shape.block,
             features=tuple(name for name in volume.features if name != "meta_uuid"),
             commands=(_command(volume, making, shape, space),),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from remetal.layout.layers.contract import Content
+from remetal.layout.making import describe_fat
 from remetal.layout.model import FileSystem
 from remetal.ondisk.fat import parse_fat
 
@@ -21,4 +22,6 @@ def probe_volume(content: Content) -> FileSystem:
         uuid=found.serial,
         label=content.label,
         features=(f"fat{found.bits}",),
+        sector=found.sector_size,
+        making=describe_fat(content.read, content.span.size),
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from remetal.layout.layers.contract import Content
+from remetal.layout.making import describe_xfs
 from remetal.layout.model import FileSystem
-from remetal.ondisk.xfs import parse_xfs
+from remetal.ondisk.xfs import parse_xfs, read_shared
 from remetal.system.blockdev import Span, open_disk
 from remetal.system.loop import attach_loop, probe_written
 from remetal.system.mounts import mounted
@@ -30,6 +31,8 @@ def probe_volume(content: Content) -> FileSystem:
         uuid=found.uuid,
         label=found.label,
         features=found.features,
+        sector=found.settings.sector_size,
+        making=describe_xfs(found.settings, read_shared(content.read, content.span.size)),
     )
 
 
