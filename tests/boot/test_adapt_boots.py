@@ -12,6 +12,7 @@ import pytest
 from lab.cache import cached
 from remetal.adapt import adapt_system
 from remetal.adapt.efi import adapt_efi
+from remetal.adapt.restored import Restored
 from remetal.events import silent
 from remetal.layout.model import GptTable, Layer, Layout, MbrTable, Partition
 from remetal.system.run import run
@@ -139,7 +140,8 @@ def test_the_firmware_starts_the_entry_that_was_made_for_it(tmp_path: Path) -> N
     efivars.mkdir()
     folder.mkdir()
     (efivars / f"Timeout-{GLOBAL}").write_bytes(struct.pack("<IH", 7, 0))
-    done = adapt_efi(layout, {"sda": disk}, (), firmware="uefi", report=silent, efivars=efivars)
+    restored = Restored(source=layout, result=layout, devices={"sda": disk})
+    done = adapt_efi(restored, (), firmware="uefi", report=silent, efivars=efivars)
     assert done.changes[-1].path == "NVRAM"
     esp = partitions_of(layout)[0]
     sh("mdeltree", "-i", f"{disk}@@{esp.start}", "::/EFI/BOOT")

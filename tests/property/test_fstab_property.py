@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from remetal.adapt.fstab import parse_fstab, plan_fstab
+from remetal.adapt.text import TextPlan
 from remetal.layout.model import Disk, FileSystem, GptTable, Layout, Partition, Swap
+from tests.adapt_identities import identify
 
 PARTS = tuple(
     Partition(number=number, start=number << 20, size=1 << 20, type="x", uuid=f"GUID-{number}") for number in (1, 2, 3)
@@ -38,11 +40,15 @@ lines = st.one_of(
 )
 
 
+def planned(text: str) -> TextPlan:
+    identities = identify(LAYOUT, root="sda:1", fstab=text)
+    return plan_fstab(text, source=LAYOUT, result=LAYOUT, identities=identities)
+
+
 @given(st.lists(lines, max_size=8).map("\n".join))
 @settings(deadline=None, max_examples=300)
 def test_planning_is_total_idempotent_and_narrow(text: str) -> None:
-    plan = plan_fstab(text, source=LAYOUT, result=LAYOUT, root="sda:1")
-    again = plan_fstab(plan.text, source=LAYOUT, result=LAYOUT, root="sda:1")
+    plan, again = planned(text), planned(planned(text).text)
     contradicts = any(each.target == "/" and "sda" not in each.spec for each in parse_fstab(text))
     assert contradicts or (again.text, again.changes) == (plan.text, ())
     old, new = parse_fstab(text), parse_fstab(plan.text)

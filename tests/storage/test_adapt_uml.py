@@ -88,3 +88,38 @@ def test_a_real_block_device_is_adapted_once_and_then_left_alone(tmp_path: Path,
        "iflag=skip_bytes", "status=none")  # fmt: skip
     sh("e2fsck", "-fn", tmp_path / "root.img")
     assert sh("debugfs", "-R", "cat /etc/fstab", tmp_path / "root.img") == f"UUID={ROOT_UUID} / ext4 defaults 0 1\n"
+
+
+F2FS_INSIDE = f"""
+import subprocess
+from pathlib import Path
+from remetal.adapt import adapt_system
+from remetal.layout.probe import probe_layout
+from remetal.system.mounts import mounted
+disk = Path({disk_device(0)!r})
+part = Path({disk_device(0, 1)!r})
+subprocess.run(["mkfs.f2fs", "-q", part], check=True)
+with mounted(part) as root:
+    (root / "etc").mkdir()
+    (root / "etc/os-release").write_text("ID=arch\\n")
+    (root / "etc/fstab").write_text("/dev/ubda1 / f2fs defaults 0 1\\n")
+layout = probe_layout([disk])
+whole = disk.read_bytes()
+adapt_system(layout, layout, {{"ubda": disk}}, firmware=None, kept=["ubda:1"])
+assert disk.read_bytes() == whole
+for time in ("first", "second"):
+    before = disk.read_bytes()
+    done = adapt_system(layout, layout, {{"ubda": disk}}, firmware=None)
+    print(time, [change.path for change in done.changes], disk.read_bytes() == before)
+subprocess.run(["fsck.f2fs", "--dry-run", part], check=True, capture_output=True)
+with mounted(part, options=["ro"]) as root:
+    (volume,) = [each for each in layout.volumes() if each.on == "ubda:1"]
+    print((root / "etc/fstab").read_text().replace(volume.uuid, "ITS-OWN").strip())
+"""
+
+
+def test_a_root_on_f2fs_is_adapted_once_and_then_left_alone(tmp_path: Path, uml: Callable[..., Outcome]) -> None:
+    disk = tmp_path / "disk.img"
+    partition(disk, 96 * MIB, f"label: gpt\nsize=80M,type={LINUX}\n")
+    said = uml(python_argv(F2FS_INSIDE), disks=[disk]).stdout.splitlines()
+    assert said == ["first ['/etc/fstab'] False", "second [] True", "UUID=ITS-OWN / f2fs defaults 0 1"]

@@ -11,9 +11,10 @@ import pytest
 from remetal.adapt.change import Adaptation
 from remetal.adapt.efi import adapt_efi, choose_vendor, find_vendors, parse_csv_label
 from remetal.adapt.fat_files import apply_fat_file, probe_fat, read_fat_file
-from remetal.adapt.fstab import FstabPlan
 from remetal.adapt.nvram import probe_entries, probe_order
+from remetal.adapt.restored import Restored
 from remetal.adapt.roots import System
+from remetal.adapt.text import TextPlan
 from remetal.errors import RemetalError
 from remetal.events import silent
 from remetal.layout.model import Layout
@@ -30,7 +31,7 @@ SHIM = {
     "/EFI/debian/BOOTX64.CSV": CSV,
     "/EFI/debian/grub.cfg": b"configfile",
 }
-DEBIAN = System("sda:2", "Debian", ("debian",), FstabPlan(""), {"/": "sda:2", "/boot/efi": "sda:1"})
+DEBIAN = System("sda:2", "Debian", ("debian",), TextPlan("/etc/fstab", ""), {"/": "sda:2", "/boot/efi": "sda:1"})
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,7 @@ class Esp:
 
     def adapt(self, *systems: System, firmware: str | None = None) -> Adaptation:
         return adapt_efi(
-            self.layout,
-            {"sda": self.disk},
+            Restored(source=self.layout, result=self.layout, devices={"sda": self.disk}),
             systems or (DEBIAN,),
             firmware=firmware,
             report=silent,
@@ -205,7 +205,8 @@ def test_an_esp_that_is_no_fat_is_a_note_or_an_error(tmp_path: Path) -> None:
 def test_uefi_without_an_esp_is_a_note(tmp_path: Path) -> None:
     esp = make(tmp_path, {})
     layout = layout_of(esp.disk, {2: ext4(2)})
-    done = adapt_efi(layout, {"sda": esp.disk}, (DEBIAN,), firmware="uefi", report=silent, efivars=esp.efivars)
+    restored = Restored(source=layout, result=layout, devices={"sda": esp.disk})
+    done = adapt_efi(restored, (DEBIAN,), firmware="uefi", report=silent, efivars=esp.efivars)
     assert "no EFI system partition" in done.notes[0]
 
 
@@ -214,8 +215,8 @@ def test_the_systems_own_folder_is_preferred(tmp_path: Path) -> None:
     esp = make(tmp_path, {**files, "/EFI/half/shimx64.efi": b"no grub", "/EFI/BOOT/x": b""})
     vendors = find_vendors(probe_fat(esp.span))
     assert [vendor.name for vendor in vendors] == ["arch", "redhat", "ubuntu"]
-    mint = System("sda:2", "Mint", ("linuxmint", "ubuntu", "debian"), FstabPlan(""), {})
-    rhel = System("sda:2", "RHEL", ("rhel", "fedora"), FstabPlan(""), {})
+    mint = System("sda:2", "Mint", ("linuxmint", "ubuntu", "debian"), TextPlan("/etc/fstab", ""), {})
+    rhel = System("sda:2", "RHEL", ("rhel", "fedora"), TextPlan("/etc/fstab", ""), {})
     chosen = [choose_vendor(vendors, [each]) for each in (mint, rhel, DEBIAN)]
     assert [vendor and vendor.name for vendor in chosen] == ["ubuntu", "redhat", "arch"]
     assert choose_vendor([], [DEBIAN]) is None

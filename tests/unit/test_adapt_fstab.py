@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from remetal.adapt.fstab import Entry, find_volume, parse_fstab, plan_fstab
+from remetal.adapt.identity import Gone, Identities, Named
 from remetal.layout.model import Disk, FileSystem, GptTable, Layout, MbrTable, Partition, Raw, Swap
+from tests.adapt_identities import identify
 
 ROOT = "6f9c3a52-6d3f-4f0a-9a35-1d2c3b4a5e6f"
 HOME = "0b7c9a10-58a8-4d07-8f2e-7a6b5c4d3e2f"
@@ -59,7 +61,9 @@ def planned(
     text: str, *, source: Layout | None = None, result: Layout | None = None, root: str = "sda:2"
 ) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     source = source or layout()
-    plan = plan_fstab(text, source=source, result=result or source, root=root)
+    result = result or source
+    identities = identify(source, result, root=root, fstab=text)
+    plan = plan_fstab(text, source=source, result=result, identities=identities)
     assert bool(plan.changes) == (plan.text != text) == bool(plan.diff)
     return plan.text, plan.changes, plan.notes
 
@@ -110,7 +114,9 @@ def test_a_second_look_changes_nothing() -> None:
 
 
 def test_the_diff_is_a_unified_diff() -> None:
-    plan = plan_fstab("a\n/dev/sda2 / ext4\nb\n", source=layout(), result=layout(), root="sda:2")
+    text = "a\n/dev/sda2 / ext4\nb\n"
+    identities = identify(layout(), root="sda:2", fstab=text)
+    plan = plan_fstab(text, source=layout(), result=layout(), identities=identities)
     assert plan.diff == (
         f"--- a/etc/fstab\n+++ b/etc/fstab\n@@ -1,3 +1,3 @@\n a\n-/dev/sda2 / ext4\n+UUID={ROOT} / ext4\n b\n"
     )
@@ -190,12 +196,36 @@ def test_a_lasting_name_that_was_not_restored_is_reported_unless_it_is_optional(
 
 def test_the_result_decides_what_a_volume_is_called() -> None:
     source = layout()
-    volumes = [each for each in source.layers if each.on != "sda:2"]
+    volumes = [each for each in source.layers if getattr(each, "on", "") != "sda:2"]
     grown = FileSystem(on="sda:2", type="ext4", uuid=ROOT, size=99, used=0, block_size=4096)
     new, _, _ = planned(
         "/dev/sda2 / ext4\n", source=source, result=Layout(disks=source.disks, layers=(*volumes, grown))
     )
     assert new == f"UUID={ROOT} / ext4\n"
+
+
+def test_identities_tell_what_the_layouts_do_not() -> None:
+    """An array that was dissolved, a UUID that changed, a volume group under another name, a volume that is gone."""
+    old, gone = "11111111-0000-4000-8000-000000000000", "22222222-0000-4000-8000-000000000000"
+    identities = Identities(
+        (
+            Named(space="sda:3", kind="filesystem", uuid=HOME, names=("/dev/md0",), lasting=(f"UUID={HOME}",)),
+            Named(space="sda:2", kind="filesystem", uuid=old, new_uuid=ROOT, lasting=(f"UUID={ROOT}",)),
+            Named(
+                space="vg/a", kind="filesystem", names=("/dev/vg/a", "/dev/vg/b"), lasting=("/dev/new/a", "/dev/vg/b")
+            ),
+        ),
+        (Gone(space="sdb:1", kind="filesystem", uuid=gone, why="sdb was left out", names=("/dev/vg/c",)),),
+    )
+    text = (
+        f"UUID={old} / ext4\n/dev/md0 /home xfs\n/dev/vg/a /a xfs\n/dev/vg/b /b xfs\n"
+        f"UUID={gone} /c ext4\n/dev/vg/c /d ext4\nUUID={gone} /e ext4 nofail\n"
+    )
+    plan = plan_fstab(text, source=layout(), result=layout(), identities=identities)
+    expected = text.replace(old, ROOT).replace("/dev/md0", f"UUID={HOME}").replace("/dev/vg/a", "/dev/new/a")
+    assert (plan.text, len(plan.changes)) == (expected, 3)
+    assert len(plan.notes) == 2
+    assert all("sdb was left out" in note for note in plan.notes)
 
 
 def test_escapes_and_short_lines() -> None:
@@ -217,7 +247,8 @@ def test_find_volume_by_every_lasting_name() -> None:
         f"PARTUUID={GUIDS[3].lower()}": "sda:4",
         "PARTLABEL=part 5": "sda:5",
         "/dev/disk/by-partlabel/part\\x205": "sda:5",
-        "/dev/sda2": None,
+        "/dev/sdb2": None,
         "UUID=": None,
     }.items():
-        assert find_volume(spec, it) == space, spec
+        found = find_volume(Entry(0, spec, "/x", "auto", ()), it, identify(it, root="sda:2"))
+        assert (found.space if found is not None else None) == space, spec

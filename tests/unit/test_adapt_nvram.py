@@ -16,7 +16,7 @@ from remetal.adapt.nvram import (
     BootEntry,
     NvramError,
     Place,
-    apply_entry,
+    apply_entries,
     encode_entry,
     parse_entry,
     probe_entries,
@@ -78,7 +78,7 @@ def efibootmgr(folder: Path, *words: str) -> str:
 
 
 def test_efibootmgr_reads_what_we_write(tmp_path: Path) -> None:
-    apply_entry(DEBIAN, tmp_path)
+    apply_entries([DEBIAN], tmp_path)
     said = efibootmgr(tmp_path, "-v")
     assert "BootOrder: 0000\n" in said
     line = next(line for line in said.splitlines() if line.startswith("Boot0000*"))
@@ -97,13 +97,13 @@ def test_an_entry_that_efibootmgr_made_is_ours_byte_for_byte(tmp_path: Path) -> 
     with attach_loop(Span(disk, 0, 128 << 20)) as loop:
         efibootmgr(folder, "-c", "-d", str(loop), "-p", "2", "-L", "debian", "-l", "\\EFI\\debian\\shimx64.efi")
     before = contents(folder)
-    assert apply_entry(DEBIAN, folder) == ""
+    assert apply_entries([DEBIAN], folder) == ""
     assert contents(folder) == before
     assert (folder / f"Boot0000-{GUID}").read_bytes()[4:] == encode_entry(DEBIAN)
 
 
 def test_a_new_entry_is_made_and_comes_first(efivars: Path) -> None:
-    said = apply_entry(DEBIAN, efivars)
+    said = apply_entries([DEBIAN], efivars)
     assert "Boot0002 'debian' was made" in said
     assert probe_entries(efivars)[2] == DEBIAN
     assert probe_order(efivars) == (2, 1, 0)
@@ -111,16 +111,16 @@ def test_a_new_entry_is_made_and_comes_first(efivars: Path) -> None:
 
 
 def test_a_second_time_nothing_is_written(efivars: Path) -> None:
-    apply_entry(DEBIAN, efivars)
+    apply_entries([DEBIAN], efivars)
     before = contents(efivars)
-    assert apply_entry(DEBIAN, efivars) == ""
+    assert apply_entries([DEBIAN], efivars) == ""
     assert contents(efivars) == before
 
 
 def test_an_equal_entry_is_used_whatever_its_label_and_case(efivars: Path) -> None:
     standing = BootEntry("my debian", DISK, "\\efi\\DEBIAN\\shimx64.EFI", extra=b"options")
     variable(efivars, "Boot0010", encode_entry(standing))
-    assert apply_entry(DEBIAN, efivars) == "Boot0010 is first in the boot order"
+    assert apply_entries([DEBIAN], efivars) == "Boot0010 is first in the boot order"
     assert probe_entries(efivars)[0x10] == standing
     assert sorted(probe_entries(efivars)) == [0, 1, 0x10]
 
@@ -128,15 +128,15 @@ def test_an_equal_entry_is_used_whatever_its_label_and_case(efivars: Path) -> No
 def test_a_stale_entry_is_corrected_and_not_doubled(efivars: Path) -> None:
     moved = BootEntry("debian", Place(7, 99, 100, DISK.signature), DEBIAN.loader, active=False, extra=b"keep")
     variable(efivars, "Boot0005", encode_entry(moved))
-    assert "Boot0005 'debian' was corrected" in apply_entry(DEBIAN, efivars)
+    assert "Boot0005 'debian' was corrected" in apply_entries([DEBIAN], efivars)
     assert probe_entries(efivars)[5] == BootEntry("debian", DISK, DEBIAN.loader, extra=b"keep")
     assert sorted(probe_entries(efivars)) == [0, 1, 5]
 
 
 def test_another_disk_with_the_same_loader_gets_its_own_entry(efivars: Path) -> None:
-    apply_entry(DEBIAN, efivars)
+    apply_entries([DEBIAN], efivars)
     twin = BootEntry("debian", Place(2, 4096, 131072, "11111111-9c28-4b29-8b15-a9f61e1fbb6a"), DEBIAN.loader)
-    assert "was made" in apply_entry(twin, efivars)
+    assert "was made" in apply_entries([twin], efivars)
     assert len({entry.place for entry in probe_entries(efivars).values() if entry.label == "debian"}) == 2
 
 
@@ -144,19 +144,19 @@ def test_an_mbr_disk_is_named_by_signature_and_number(efivars: Path) -> None:
     entry = BootEntry("debian", Place(1, 2048, 4096, "deadbeef", mbr=True), "\\EFI\\debian\\grubx64.efi")
     assert parse_entry(encode_entry(entry)) == entry
     assert b"\xef\xbe\xad\xde" in encode_entry(entry)
-    apply_entry(entry, efivars)
+    apply_entries([entry], efivars)
     second = BootEntry("debian", Place(2, 8192, 4096, "deadbeef", mbr=True), entry.loader)
-    assert "was made" in apply_entry(second, efivars)
+    assert "was made" in apply_entries([second], efivars)
 
 
 def test_a_firmware_without_an_order_gets_one(tmp_path: Path) -> None:
-    assert "Boot0000" in apply_entry(DEBIAN, tmp_path)
+    assert "Boot0000" in apply_entries([DEBIAN], tmp_path)
     assert probe_order(tmp_path) == (0,)
 
 
 def test_a_firmware_that_refuses_is_told_of(tmp_path: Path) -> None:
     with pytest.raises(NvramError, match="Boot0000") as caught:
-        apply_entry(DEBIAN, tmp_path / "absent")
+        apply_entries([DEBIAN], tmp_path / "absent")
     assert caught.value.hint
 
 

@@ -11,6 +11,7 @@ import pytest
 from remetal.adapt import Adaptation, adapt_system
 from remetal.adapt.grub_bios import probe_chain
 from remetal.adapt.grub_images import SECTOR, CoreImageError
+from remetal.adapt.restored import Restored
 from remetal.adapt.roots import find_systems, open_root
 from remetal.events import Event, Warn, silent
 from remetal.layout.model import GptTable, Layer, Layout
@@ -253,10 +254,11 @@ def test_looking_at_a_system_with_a_separate_boot_writes_nothing(tmp_path: Path)
     machine.volumes[4] = ext4(4, uuid=BOOT_UUID, kind="ext2")
     machine.layout = layout_of(machine.disk, machine.volumes)
     before = machine.disk.read_bytes()
-    (system,) = find_systems(machine.layout, machine.layout, {"sda": machine.disk}, silent)
+    restored = Restored(source=machine.layout, result=machine.layout, devices={"sda": machine.disk})
+    (system,) = find_systems(restored, silent)
     assert system.name == "Debian GNU/Linux 12 (bookworm)"
     assert system.mounts == {"/": "sda:3", "/boot": "sda:4"}
-    with open_root(system, machine.layout, {"sda": machine.disk}) as root:
+    with open_root(system, restored) as root:
         assert (root / "boot/grub/i386-pc/marker").read_text() == "here"
     assert machine.disk.read_bytes() == before
 

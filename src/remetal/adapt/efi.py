@@ -13,21 +13,26 @@ Source: UEFI specification 2.10, 3.5.1.1 (removable media boot behaviour); shim'
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from remetal.adapt.change import Adaptation, Change
 from remetal.adapt.fat_files import FatTree, apply_fat_file, probe_fat, read_fat_file
-from remetal.adapt.nvram import EFIVARS, BootEntry, NvramError, Place, apply_entry
-from remetal.adapt.roots import System, span_of
+from remetal.adapt.firmware import find_partitions
+from remetal.adapt.grub_cfg import find_device_uuids
+from remetal.adapt.identity import Gone, Identities, find_uuid
+from remetal.adapt.nvram import EFIVARS, BootEntry, NvramError, Place, apply_entries
+from remetal.adapt.remedy import plan_grub_install
+from remetal.adapt.restored import Restored
+from remetal.adapt.roots import System
+from remetal.adapt.storage_files import adapt_esp_files
 from remetal.errors import RemetalError
 from remetal.events import Report, Step, Warn
-from remetal.layout.model import FileSystem, GptTable, Layout, MbrTable, SpaceId
+from remetal.layout.model import EFI_SYSTEM, GptTable, Layout, MbrTable, SpaceId
 
 FALLBACK = "/EFI/BOOT/BOOTX64.EFI"
 
-_ESP_GUID = "C12A7328-F81F-11D2-BA4B-00C04FC93EC9"
 _ESP_ID = "ef"
 _ESP_POINTS = ("/boot/efi", "/efi", "/boot")
 _SHIMS = ("shimx64.efi", "shim.efi")
@@ -59,8 +64,7 @@ class Vendor:
 
 
 def adapt_efi(
-    result: Layout,
-    targets: Mapping[str, Path],
+    restored: Restored,
     systems: Sequence[System],
     *,
     firmware: str | None,
@@ -74,20 +78,25 @@ def adapt_efi(
     cannot be read at all on a machine that boots by UEFI.
     """
     done = Adaptation()
-    esps = find_esps(result, systems)
+    esps = find_esps(restored, systems)
     for space in esps:
         report(Step(f"Checking the EFI system partition {space}"))
         try:
-            tree = probe_fat(span_of(space, result, targets))
+            tree = probe_fat(restored.span(space))
         except RemetalError as error:
             if firmware == "uefi":
                 raise
             done += Adaptation(notes=(f"the EFI system partition {space} cannot be read: {error.message}",))
             continue
+        system = _find_owner(space, systems)
         vendor = choose_vendor(find_vendors(tree), systems)
+        if system is not None:
+            done += adapt_esp_files(tree, system.identities)
+            done += _check_images(tree, vendor, system, restored, report)
         done += _adapt_fallback(tree, vendor, report)
         if firmware == "uefi" and vendor is not None:
-            done += _adapt_nvram(tree, vendor, _place_of(space, result), efivars, report)
+            places = [_place_of(each, restored.result) for each in find_partitions(restored.result, space)]
+            done += _adapt_nvram(tree, vendor, places, efivars, report)
     if firmware == "uefi" and systems and not esps:
         text = "this machine boots by UEFI, but the restored disks have no EFI system partition"
         report(Warn(text, "Switch the firmware to BIOS (CSM, legacy) mode to boot it."))
@@ -95,20 +104,35 @@ def adapt_efi(
     return done
 
 
-def find_esps(layout: Layout, systems: Sequence[System]) -> list[SpaceId]:
-    """Return the FAT volumes that are EFI system partitions: by partition type, or by where a system mounts it."""
+def find_esps(restored: Restored, systems: Sequence[System]) -> list[SpaceId]:
+    """Return the FAT volumes that are EFI system partitions: by partition type, or by where a system mounts it.
+
+    One that lies on an array counts where the firmware finds it on the array's members.
+    """
     mounted = {system.mounts[point] for system in systems for point in _ESP_POINTS if point in system.mounts}
     found = []
-    for layer in layout.layers:
-        if isinstance(layer, (GptTable, MbrTable)):
-            kind = _ESP_GUID if isinstance(layer, GptTable) else _ESP_ID
-            for partition in layer.partitions:
-                space = f"{layer.on}:{partition.number}"
-                volume = layout.layer_on(space)
-                is_fat = isinstance(volume, FileSystem) and volume.type == "vfat"
-                if is_fat and (partition.type.lower() == kind.lower() or space in mounted):
-                    found.append(space)
+    for volume in restored.file_systems():
+        if volume.type == "vfat":
+            partitions = find_partitions(restored.result, volume.on)
+            if partitions and (
+                volume.on in mounted or any(_has_esp_type(each, restored.result) for each in partitions)
+            ):
+                found.append(volume.on)
     return found
+
+
+def _has_esp_type(space: SpaceId, layout: Layout) -> bool:
+    below, _, number = space.rpartition(":")
+    table = layout.layer_on(below)
+    assert isinstance(table, (GptTable, MbrTable))
+    kind = next(each.type for each in table.partitions if str(each.number) == number)
+    return kind.upper() == EFI_SYSTEM if isinstance(table, GptTable) else kind.lower() == _ESP_ID
+
+
+def _find_owner(space: SpaceId, systems: Sequence[System]) -> System | None:
+    """Return the first system that mounts an ESP; the first of all if none does."""
+    owners = [each for each in systems if any(each.mounts.get(point) == space for point in _ESP_POINTS)]
+    return next(iter((*owners, *systems)), None)
 
 
 def find_vendors(tree: FatTree) -> list[Vendor]:
@@ -181,24 +205,48 @@ def _adapt_fallback(tree: FatTree, vendor: Vendor | None, report: Report) -> Ada
     return Adaptation(tuple(changes), (), written)
 
 
-def _adapt_nvram(tree: FatTree, vendor: Vendor, place: Place, efivars: Path, report: Report) -> Adaptation:
+def _check_images(
+    tree: FatTree, vendor: Vendor | None, system: System, restored: Restored, report: Report
+) -> Adaptation:
+    """Say which of a vendor's GRUB images looks for its files on what is there no more; signed ones do not."""
+    notes: list[str] = []
+    lost = any(each.kind in {"md", "vg", "lv", "luks"} for each in system.identities.gone)
+    for path in dict.fromkeys((vendor.loader, *vendor.beside)) if lost and vendor is not None else ():
+        gone = _find_gone(read_fat_file(tree.span, path), system.identities)
+        if gone is not None:
+            note = f"GRUB in {path} looks for its files on what is there no more: {gone.why}. It does not start"
+            words = plan_grub_install(system, restored, "--target=x86_64-efi")
+            report(Warn(note, f"Make it anew from the recovery shell: {words}"))
+            notes.append(f"{note} until it is made anew, from the recovery shell: {words}")
+    return Adaptation(notes=tuple(notes))
+
+
+def _find_gone(image: bytes, identities: Identities) -> Gone | None:
+    for uuid, kinds in find_device_uuids(image.decode("latin-1")):
+        found = find_uuid(uuid, identities, kinds)
+        if isinstance(found, Gone):
+            return found
+    return None
+
+
+def _adapt_nvram(tree: FatTree, vendor: Vendor, places: Sequence[Place], efivars: Path, report: Report) -> Adaptation:
     name = PurePosixPath(vendor.loader).name
     label = parse_csv_label(read_fat_file(tree.span, vendor.csv), name) if vendor.csv else None
-    entry = BootEntry(label or vendor.name, place, vendor.loader.replace("/", "\\"))
+    loader = vendor.loader.replace("/", "\\")
     try:
         if not efivars.is_dir() or not any(efivars.iterdir()):
             raise NvramError("the firmware's variables are not visible (efivarfs is not mounted)")
-        what = apply_entry(entry, efivars)
+        what = apply_entries([BootEntry(label or vendor.name, place, loader) for place in places], efivars)
     except NvramError as error:
         report(Warn(error.message, error.hint))
         return Adaptation(notes=(f"{error.message}; the disk boots through {FALLBACK}",))
-    return Adaptation(changes=(Change("NVRAM", f"{what}: {entry.loader}"),) if what else ())
+    return Adaptation(changes=(Change("NVRAM", f"{what}: {loader}"),) if what else ())
 
 
 def _place_of(space: SpaceId, layout: Layout) -> Place:
-    disk, start, size = layout.place(space)
-    table, number = layout.layer_on(disk.name), int(space.rpartition(":")[2])
-    sector = disk.logical_sector
+    device, start, size = layout.place(space)
+    table, number = layout.layer_on(device.name), int(space.rpartition(":")[2])
+    sector = device.logical_sector
     if isinstance(table, MbrTable):
         return Place(number, start // sector, size // sector, table.signature, mbr=True)
     assert isinstance(table, GptTable)

@@ -12,7 +12,7 @@ import os
 import re
 import struct
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -125,31 +125,43 @@ def probe_order(folder: Path = EFIVARS) -> tuple[int, ...]:
     return struct.unpack(f"<{len(data) // 2}H", data[: len(data) // 2 * 2])
 
 
-def apply_entry(entry: BootEntry, folder: Path = EFIVARS) -> str:
-    """See to it that the firmware boots this entry first; return what was done as a sentence, or "" for nothing.
+def apply_entries(wanted: Sequence[BootEntry], folder: Path = EFIVARS) -> str:
+    """See to it that the firmware boots these entries first, in this order; return what was done, or "" for nothing.
 
     An entry for the same loader on the same partition is used, and corrected if it is stale; it never gets a twin.
-    Raises NvramError if the firmware does not take it.
+    Raises NvramError if the firmware does not take one.
     """
+    numbers: list[int] = []
+    done: list[str] = []
+    for entry in wanted:
+        number, what = _apply_entry(entry, folder)
+        if number not in numbers:
+            numbers.append(number)
+        done += what
+    order = probe_order(folder)
+    if order[: len(numbers)] != tuple(numbers):
+        first = (*numbers, *(each for each in order if each not in numbers))
+        _write(folder, "BootOrder", struct.pack(f"<{len(first)}H", *first))
+        names = ", ".join(f"Boot{number:04X}" for number in numbers)
+        done.append(f"{names} {'is' if len(numbers) == 1 else 'are'} first in the boot order")
+    return ", ".join(done)
+
+
+def _apply_entry(entry: BootEntry, folder: Path) -> tuple[int, list[str]]:
+    """See to it that there is such an entry; return its number, and what was done."""
     entries, order = probe_entries(folder), probe_order(folder)
     number = next((each for each in (*order, *sorted(entries)) if _is_same(entries.get(each), entry)), None)
-    done = []
     if number is None:
         taken = set(_numbers(folder))
         number = next(each for each in range(0x10000) if each not in taken)
         _write(folder, f"Boot{number:04X}", encode_entry(entry))
-        done.append(f"the entry Boot{number:04X} '{entry.label}' was made")
-    else:
-        standing = entries[number]
-        wanted = replace(standing, place=entry.place, active=True)
-        if wanted != standing:
-            _write(folder, f"Boot{number:04X}", encode_entry(wanted))
-            done.append(f"the entry Boot{number:04X} '{standing.label}' was corrected")
-    if order[:1] != (number,):
-        first = (number, *(each for each in order if each != number))
-        _write(folder, "BootOrder", struct.pack(f"<{len(first)}H", *first))
-        done.append(f"Boot{number:04X} is first in the boot order")
-    return ", ".join(done)
+        return number, [f"the entry Boot{number:04X} '{entry.label}' was made"]
+    standing = entries[number]
+    wanted = replace(standing, place=entry.place, active=True)
+    if wanted == standing:
+        return number, []
+    _write(folder, f"Boot{number:04X}", encode_entry(wanted))
+    return number, [f"the entry Boot{number:04X} '{standing.label}' was corrected"]
 
 
 def _is_same(standing: BootEntry | None, entry: BootEntry) -> bool:

@@ -6,6 +6,8 @@ import os
 import stat
 from pathlib import Path
 
+from remetal.errors import RemetalError
+
 _LINKS_MAX = 40
 
 
@@ -46,6 +48,34 @@ def read_inside(root: Path, path: str, *, limit: int = 1 << 20) -> bytes | None:
     if place is None or not place.is_file() or place.stat().st_size > limit:
         return None
     return place.read_bytes()
+
+
+def list_inside(root: Path, folder: str) -> list[str]:
+    """Return the names in a folder of the system mounted at `root`, sorted; none if there is no such folder."""
+    place = find_inside(root, folder)
+    try:
+        return sorted(each.name for each in place.iterdir()) if place is not None else []
+    except OSError:
+        return []
+
+
+def overwrite_inside(root: Path, path: str, data: bytes) -> None:
+    """Replace a file's content and keep the file: its owner, mode, ACLs and labels stay. Durable on return.
+
+    Raises RemetalError if there is no such file.
+    """
+    place = find_inside(root, path)
+    if place is None:
+        raise RemetalError(f"{path} vanished from the restored system while it was being adapted")
+    fd = os.open(place, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.ftruncate(fd, len(data))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _parts(path: str) -> list[str]:
