@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import json
+import time
 from contextlib import suppress
 from typing import Any
 
+import msgspec.json
 import msgspec.structs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from remetal.errors import DamagedError, RefusedError
+from remetal.layout.making import ExtMaking
 from remetal.layout.model import (
+    ArrayMember,
     Disk,
     FileSystem,
     GptTable,
+    Layer,
     Layout,
+    LogicalVolume,
+    Luks,
     MbrTable,
+    MdArray,
+    Part,
     Partition,
+    PhysicalVolume,
     Raw,
     Swap,
-    check_layout,
-    decode_layout,
-    encode_layout,
+    VolumeGroup,
 )
 from remetal.layout.plan import ImageFacts, PlanOptions, Target, plan_restore
+from remetal.layout.record import check_layout, decode_layout, encode_layout
 
 MIB = 1 << 20
 LINUX = "0FC63DAF-8483-4772-8E79-3D69D8477DE4"
@@ -57,7 +66,12 @@ def sample() -> Layout:
         boot_code=bytes(440),
     )
     return Layout(
-        disks=(Disk(name="sda", size=16 * MIB), Disk(name="m.img", size=16 * MIB)),
+        disks=(
+            Disk(name="sda", size=16 * MIB),
+            Disk(name="m.img", size=16 * MIB),
+            Disk(name="sdb", size=512 * MIB),
+            Disk(name="sdc", size=512 * MIB),
+        ),
         layers=(
             gpt,
             Raw(on="sda:boot", size=MIB - 34 * 512),
@@ -65,8 +79,252 @@ def sample() -> Layout:
             Swap(on="sda:2", size=MIB, uuid=GUID.lower(), label="s"),
             mbr,
             Raw(on="m.img:5", size=MIB, type="LVM2_member"),
+            *stacked(),
         ),
     )
+
+
+def stacked() -> tuple[Layer, ...]:
+    """An array with LUKS in it, a volume group and a btrfs, all on two disks."""
+    luks = Luks(
+        on="md/root",
+        version=2,
+        uuid=GUID.lower(),
+        header_size=2 * MIB,
+        size=60 * MIB,
+        sector_size=4096,
+        key_size=64,
+        cipher="aes-xts-plain64",
+        label="crypt",
+        key_slots=(0, 3),
+        tokens=("systemd-tpm2",),
+        escrowed=True,
+    )
+    parts = (Part(space="sdb:3", number=1, size=120 * MIB), Part(space="sdc:3", number=2, size=110 * MIB))
+    btrfs = FileSystem(
+        on="sdb:3",
+        type="btrfs",
+        size=230 * MIB,
+        used=MIB,
+        block_size=4096,
+        uuid=GUID.lower(),
+        features=("skinny_metadata",),
+        parts=parts,
+    )
+    inside = FileSystem(
+        on="md/root:luks", type="ext4", size=60 * MIB, used=MIB, block_size=4096, uuid=GUID.lower(), making=EXT
+    )
+    return (
+        table_of_three("sdb"),
+        table_of_three("sdc"),
+        ARRAY,
+        luks,
+        inside,
+        GROUP,
+        FileSystem(on="vg0/root", type="xfs", size=96 * MIB, used=MIB, block_size=4096, uuid=GUID.lower()),
+        Swap(on="vg0/thin.1", size=MIB, uuid=GUID.lower()),
+        btrfs,
+    )
+
+
+def table_of_three(name: str) -> GptTable:
+    places = ((MIB, 64 * MIB), (65 * MIB, 128 * MIB), (193 * MIB, 120 * MIB))
+    return GptTable(
+        on=name,
+        disk_guid=GUID,
+        entry_count=128,
+        partitions=tuple(
+            Partition(number=index + 1, start=start, size=size, type=LINUX, uuid=GUID)
+            for index, (start, size) in enumerate(places)
+        ),
+        protective_mbr=bytes(512),
+    )
+
+
+EXT = ExtMaking(
+    clean=True,
+    inodes=4096,
+    inodes_used=40,
+    inode_size=256,
+    reserved=0,
+    reserved_user=0,
+    reserved_group=0,
+    journal=4 * MIB,
+    external_journal=False,
+    flex_groups=16,
+    errors="continue",
+    max_mounts=-1,
+    check_interval=0,
+    mount_options=("user_xattr",),
+    mount_text="",
+    hash_algorithm="half_md4",
+)
+ARRAY = MdArray(
+    device="md/root",
+    size=62 * MIB,
+    members=(
+        ArrayMember(space="sdb:1", slot=0, data_offset=MIB, data_size=63 * MIB),
+        ArrayMember(space="sdc:1", slot=1, data_offset=MIB, data_size=63 * MIB, write_mostly=True),
+    ),
+    uuid="00112233:44556677:8899aabb:ccddeeff",
+    level="raid1",
+    metadata="1.2",
+    slots=2,
+    component_size=62 * MIB,
+    bitmap=True,
+    bitmap_chunk=64 * MIB,
+    name="host:root",
+)
+METADATA = """
+contents = "Text Format Volume Group"
+version = 1
+
+vg0 {
+id = "vvvvvv-vvvv-vvvv-vvvv-vvvv-vvvv-vvvvvv"
+seqno = 7
+format = "lvm2"
+status = ["RESIZEABLE", "READ", "WRITE"]
+flags = []
+extent_size = 8192
+max_lv = 0
+max_pv = 0
+metadata_copies = 0
+
+physical_volumes {
+pv0 {
+id = "pppppp-pppp-pppp-pppp-pppp-pppp-pppppp"
+device = "/dev/sdb2"
+status = ["ALLOCATABLE"]
+flags = []
+dev_size = 262144
+pe_start = 2048
+pe_count = 31
+}
+pv1 {
+id = "qqqqqq-qqqq-qqqq-qqqq-qqqq-qqqq-qqqqqq"
+device = "/dev/sdc2"
+status = ["ALLOCATABLE"]
+flags = []
+dev_size = 262144
+pe_start = 2048
+pe_count = 31
+}
+}
+
+logical_volumes {
+root {
+id = "rrrrrr-rrrr-rrrr-rrrr-rrrr-rrrr-rrrrrr"
+status = ["READ", "WRITE", "VISIBLE"]
+flags = []
+segment_count = 2
+segment1 {
+start_extent = 0
+extent_count = 20
+type = "striped"
+stripe_count = 1
+stripes = [ "pv0", 0 ]
+}
+segment2 {
+start_extent = 20
+extent_count = 4
+type = "striped"
+stripe_count = 1
+stripes = [ "pv1", 0 ]
+}
+}
+pool {
+id = "tttttt-tttt-tttt-tttt-tttt-tttt-tttttt"
+status = ["READ", "WRITE", "VISIBLE"]
+flags = []
+segment_count = 1
+segment1 {
+start_extent = 0
+extent_count = 5
+type = "thin-pool"
+metadata = "pool_tmeta"
+pool = "pool_tdata"
+transaction_id = 1
+chunk_size = 128
+}
+}
+thin.1 {
+id = "uuuuuu-uuuu-uuuu-uuuu-uuuu-uuuu-uuuuuu"
+status = ["READ", "WRITE", "VISIBLE"]
+flags = []
+segment_count = 1
+segment1 {
+start_extent = 0
+extent_count = 3
+type = "thin"
+thin_pool = "pool"
+transaction_id = 0
+device_id = 1
+}
+}
+pool_tmeta {
+id = "wwwwww-wwww-wwww-wwww-wwww-wwww-wwwwww"
+status = ["READ", "WRITE"]
+flags = []
+segment_count = 1
+segment1 {
+start_extent = 0
+extent_count = 1
+type = "striped"
+stripe_count = 1
+stripes = [ "pv1", 4 ]
+}
+}
+pool_tdata {
+id = "xxxxxx-xxxx-xxxx-xxxx-xxxx-xxxx-xxxxxx"
+status = ["READ", "WRITE"]
+flags = []
+segment_count = 1
+segment1 {
+start_extent = 0
+extent_count = 5
+type = "striped"
+stripe_count = 1
+stripes = [ "pv1", 5 ]
+}
+}
+}
+}
+"""
+GROUP = VolumeGroup(
+    name="vg0",
+    uuid="vvvvvv-vvvv-vvvv-vvvv-vvvv-vvvv-vvvvvv",
+    extent_size=4 * MIB,
+    members=(
+        PhysicalVolume(
+            space="sdb:2",
+            name="pv0",
+            uuid="pppppp-pppp-pppp-pppp-pppp-pppp-pppppp",
+            data_start=MIB,
+            extents=31,
+        ),
+        PhysicalVolume(
+            space="sdc:2",
+            name="pv1",
+            uuid="qqqqqq-qqqq-qqqq-qqqq-qqqq-qqqq-qqqqqq",
+            data_start=MIB,
+            extents=31,
+        ),
+    ),
+    volumes=(
+        LogicalVolume(name="root", uuid="rrrrrr-rrrr-rrrr-rrrr-rrrr-rrrr-rrrrrr", size=96 * MIB, kind="linear"),
+        LogicalVolume(
+            name="pool",
+            uuid="tttttt-tttt-tttt-tttt-tttt-tttt-tttttt",
+            size=20 * MIB,
+            kind="thin-pool",
+            captured=False,
+        ),
+        LogicalVolume(
+            name="thin.1", uuid="uuuuuu-uuuu-uuuu-uuuu-uuuu-uuuu-uuuuuu", size=12 * MIB, kind="thin", pool="pool"
+        ),
+    ),
+    metadata=METADATA,
+)
 
 
 def tampered(change: Any) -> bytes:
@@ -86,6 +344,40 @@ def put(*path: Any) -> Any:
     return change
 
 
+def metadata(before: str, after: str) -> Any:
+    """Return a change of the text that describes the volume group."""
+    assert before in METADATA
+
+    def change(record: Any) -> None:
+        record["layers"][11]["metadata"] = METADATA.replace(before, after)
+
+    return change
+
+
+def twice(layer: int, field: str, **changes: Any) -> Any:
+    """Return a change that repeats the first item of a list, with other values."""
+
+    def change(record: Any) -> None:
+        items = record["layers"][layer][field]
+        items.append({**items[0], **changes} if isinstance(items[0], dict) else items[0])
+
+    return change
+
+
+def both(*changes: Any) -> Any:
+    def change(record: Any) -> None:
+        for each in changes:
+            each(record)
+
+    return change
+
+
+def rename_group(name: str) -> Any:
+    """Return a change that gives the group another name everywhere."""
+    return both(put("layers", 11, "name", name), metadata("vg0 {", f'"{name}" {{'))
+
+
+OTHER_ID = "zzzzzz-zzzz-zzzz-zzzz-zzzz-zzzz-zzzzzz"
 HOSTILE = {
     "newer version": put("version", 2),
     "unknown field": put("extra", 1),
@@ -159,6 +451,188 @@ HOSTILE = {
     "two extended": put("layers", 4, "partitions", 0, "type", "0f"),
     "logical without extended": put("layers", 4, "partitions", 1, "type", "83"),
     "volume on the extended": put("layers", 5, "on", "m.img:2"),
+    **{
+        f"array named {name!r}": put("layers", 8, "device", name)
+        for name in (
+            "md/-rf",
+            "md/$(x)",
+            "md/../sda",
+            "../md/root",
+            "md/",
+            "root",
+            "md/a b",
+            "md/a\x1b[2J",
+            "sda",
+            "vg0/root",
+            "",
+        )
+    },
+    **{
+        f"array that calls itself {name!r}": put("layers", 8, "name", name)
+        for name in ("$(x)", "a/b", "a\nb", "x" * 33, "\x1b[2J", "a'b")
+    },
+    "array uuid": put("layers", 8, "uuid", "--uuid=1"),
+    "array of level raid7": put("layers", 8, "level", "raid7"),
+    "array of another level": put("layers", 8, "level", "raid5"),
+    "array with metadata ddf": put("layers", 8, "metadata", "ddf"),
+    "array with metadata 0.90 and a name": put("layers", 8, "metadata", "0.90"),
+    "array with a layout": put("layers", 8, "layout", "-f"),
+    "array with chunks": put("layers", 8, "chunk", 65536),
+    "array with half a chunk": both(put("layers", 8, "level", "raid0"), put("layers", 8, "chunk", 513)),
+    "array with a negative chunk": put("layers", 8, "chunk", -1024),
+    "array of no slots": put("layers", 8, "slots", 0),
+    "array of fewer slots": put("layers", 8, "slots", 1),
+    "array of 10**9 slots": put("layers", 8, "slots", 10**9),
+    "array of a negative size": put("layers", 8, "size", -MIB),
+    "array larger than its members": put("layers", 8, "size", 1 << 60),
+    "array of no component": put("layers", 8, "component_size", 0),
+    "array with components beyond": both(
+        put("layers", 8, "component_size", 64 * MIB), put("layers", 8, "size", 64 * MIB)
+    ),
+    "array with a negative offset": put("layers", 8, "members", 0, "data_offset", -MIB),
+    "array with data beyond its member": put("layers", 8, "members", 0, "data_size", 1 << 60),
+    "array with less data than component": put("layers", 8, "members", 0, "data_size", MIB),
+    "array with a huge bitmap chunk": put("layers", 8, "bitmap_chunk", 1 << 50),
+    "array with a bitmap chunk of three": put("layers", 8, "bitmap_chunk", 3),
+    "array with a negative minor": put("layers", 8, "minor", -2),
+    "array with a member twice": twice(8, "members", slot=-1),
+    "array with a slot twice": put("layers", 8, "members", 1, "slot", 0),
+    "array with a slot beyond": put("layers", 8, "members", 1, "slot", 2),
+    "array with a slot of minus two": put("layers", 8, "members", 1, "slot", -2),
+    "array whose members are out of order": both(
+        put("layers", 8, "members", 0, "slot", 1), put("layers", 8, "members", 1, "slot", 0)
+    ),
+    "array with a missing spare": twice(8, "members", space="", slot=-1),
+    "array without members": put("layers", 8, "members", []),
+    "array of missing members": both(
+        put("layers", 8, "members", 0, "space", ""), put("layers", 8, "members", 1, "space", "")
+    ),
+    "array that lacks too many": both(put("layers", 8, "level", "raid0"), put("layers", 8, "members", 1, "space", "")),
+    "array on itself": put("layers", 8, "members", 0, "space", "md/root"),
+    "array on what stands on it": put("layers", 8, "members", 0, "space", "md/root:luks"),
+    "array on a later device": put("layers", 8, "members", 0, "space", "vg0/root"),
+    "array on a space that is taken": put("layers", 8, "members", 0, "space", "sda:1"),
+    "array nowhere": put("layers", 8, "members", 0, "space", "sdz"),
+    "two arrays of one name": both(
+        put(
+            "layers",
+            5,
+            {
+                **json.loads(msgspec.json.encode(ARRAY)),
+                "members": [{"space": "m.img:5", "slot": 0, "data_size": MIB}],
+                "slots": 1,
+                "size": MIB,
+                "component_size": MIB,
+                "bitmap": False,
+                "bitmap_chunk": 0,
+            },
+        ),
+    ),
+    "LUKS of version 3": put("layers", 9, "version", 3),
+    "LUKS with an uuid like an option": put("layers", 9, "uuid", "-rf"),
+    "LUKS with a path for a cipher": put("layers", 9, "cipher", "../../etc/passwd"),
+    "LUKS with a label with a zero": put("layers", 9, "label", "a\0"),
+    "LUKS with sectors of three": put("layers", 9, "sector_size", 3),
+    "LUKS with no header": put("layers", 9, "header_size", 0),
+    "LUKS with a header as large as a disk": put("layers", 9, "header_size", 1 << 40),
+    "LUKS with a header between sectors": put("layers", 9, "header_size", 2 * MIB - 1),
+    "LUKS larger than its space": put("layers", 9, "size", 61 * MIB),
+    "LUKS of half a sector": put("layers", 9, "size", 59 * MIB + 512),
+    "LUKS of no size": put("layers", 9, "size", 0),
+    "LUKS with a huge key": put("layers", 9, "key_size", 1 << 40),
+    "LUKS with a negative key": put("layers", 9, "key_size", -1),
+    "LUKS with slot 32": put("layers", 9, "key_slots", [32]),
+    "LUKS with a slot twice": put("layers", 9, "key_slots", [1, 1]),
+    "LUKS with an odd token": put("layers", 9, "tokens", ["\x1b[2J"]),
+    "LUKS on itself": put("layers", 9, "on", "md/root:luks"),
+    "LUKS on its header": put("layers", 9, "on", "md/root:header"),
+    "layer on a header": put("layers", 10, "on", "md/root:header"),
+    "layer on a key": put("layers", 10, "on", "md/root:key"),
+    "layer on a pool": put("layers", 13, "on", "vg0/pool"),
+    "layer on a hidden volume": put("layers", 13, "on", "vg0/pool_tdata"),
+    **{f"group named {name!r}": rename_group(name) for name in ("-rf", "$(x)", "../x", "..", ".", "md", "a b", "a/b")},
+    "group uuid": both(put("layers", 11, "uuid", "--uuid"), metadata('"vvvvvv', '"--uuid')),
+    "group with extents of no size": put("layers", 11, "extent_size", 0),
+    "group with extents of a negative size": put("layers", 11, "extent_size", -512),
+    "group with extents of three bytes": put("layers", 11, "extent_size", 3),
+    "group with other extents": put("layers", 11, "extent_size", 2 * MIB),
+    "group with a missing volume": put("layers", 11, "members", 0, "space", ""),
+    "group with a member twice": put("layers", 11, "members", 1, "space", "sdb:2"),
+    "group with more extents": put("layers", 11, "members", 0, "extents", 1 << 40),
+    "group with negative extents": put("layers", 11, "members", 0, "extents", -1),
+    "group that begins elsewhere": put("layers", 11, "members", 0, "data_start", 2 * MIB),
+    "group that begins before": put("layers", 11, "members", 0, "data_start", -MIB),
+    "group with nine copies of its metadata": put("layers", 11, "members", 0, "metadata_copies", 9),
+    "group without metadata": both(
+        put("layers", 11, "members", 0, "metadata_copies", 0), put("layers", 11, "members", 1, "metadata_copies", 0)
+    ),
+    "group with another name for a member": put("layers", 11, "members", 0, "name", "pv7"),
+    "group without members": put("layers", 11, "members", []),
+    "two groups of one name": put(
+        "layers",
+        5,
+        {
+            **json.loads(msgspec.json.encode(GROUP)),
+            "members": [{"space": "m.img:5", "name": "pv0", "uuid": OTHER_ID, "data_start": 0, "extents": 0}],
+            "volumes": [],
+        },
+    ),
+    "volume of another size": put("layers", 11, "volumes", 0, "size", 100 * MIB),
+    "volume of another name": put("layers", 11, "volumes", 0, "name", "toor"),
+    "volume of another uuid": put("layers", 11, "volumes", 0, "uuid", OTHER_ID),
+    "volume that is twice there": twice(11, "volumes"),
+    "volume that the text lacks": twice(11, "volumes", name="more", uuid=OTHER_ID),
+    "volume that is not linear": put("layers", 11, "volumes", 2, "kind", "linear"),
+    "volume with another pool": put("layers", 11, "volumes", 2, "pool", "root"),
+    "volume that stems from itself": put("layers", 11, "volumes", 2, "origin", "thin.1"),
+    "text that is none": put("layers", 11, "metadata", ""),
+    "text of something else": put("layers", 11, "metadata", "version = 1"),
+    "text with an escape": put("layers", 11, "metadata", "\x1b[2J"),
+    "text with another group": metadata("vg0 {", "vg1 {"),
+    "text with another uuid": metadata("vvvvvv-vvvv", "vvvvvv-vvvw"),
+    "text with two groups": metadata("contents =", "other { id = 1 }\ncontents ="),
+    "text with larger extents": metadata("extent_size = 8192", "extent_size = 16384"),
+    "text with no extents": metadata("extent_size = 8192", "extent_size = 0"),
+    "text with fewer extents": metadata("pe_count = 31", "pe_count = 30"),
+    "text with volumes elsewhere": metadata("pe_start = 2048", "pe_start = 0"),
+    "text with another member": metadata("pppppp-pppp", "pppppp-pppq"),
+    "text with a smaller volume": metadata("extent_count = 4", "extent_count = 3"),
+    "text with a hidden root": metadata(
+        'rrrrrr"\nstatus = ["READ", "WRITE", "VISIBLE"]', 'rrrrrr"\nstatus = ["READ", "WRITE"]'
+    ),
+    "text without a volume": metadata("thin.1 {", "thin.2 {"),
+    "text with a volume beyond": metadata('"pv0", 0', '"pv0", 20'),
+    "text with volumes that overlap": metadata('"pv1", 5', '"pv1", 3'),
+    "text with a volume on nothing": metadata('"pv1", 5', '"pv2", 5'),
+    "text with a volume on itself": metadata('"pv1", 5', '"pool_tdata", 0'),
+    "text of an exported group": metadata('["RESIZEABLE", "READ", "WRITE"]', '["EXPORTED"]'),
+    "text of a shared group": metadata('format = "lvm2"', 'lock_type = "sanlock"'),
+    "text with a name like an option": both(
+        put("layers", 11, "volumes", 0, "name", "-rf"),
+        put("layers", 12, "on", "vg0/-rf"),
+        metadata("root {", '"-rf" {'),
+    ),
+    "parts of an ext4": put("layers", 14, "type", "ext4"),
+    "parts that begin elsewhere": put("layers", 14, "on", "sdc:3"),
+    "parts with a number twice": put("layers", 14, "parts", 1, "number", 1),
+    "parts with number zero": put("layers", 14, "parts", 1, "number", 0),
+    "parts in one place": put("layers", 14, "parts", 1, "space", "sdb:3"),
+    "parts nowhere": put("layers", 14, "parts", 1, "space", "sdz"),
+    "parts beyond their space": both(
+        put("layers", 14, "parts", 1, "size", 1 << 40), put("layers", 14, "size", (1 << 40) + 120 * MIB)
+    ),
+    "parts of a negative size": both(put("layers", 14, "parts", 1, "size", -MIB), put("layers", 14, "size", 119 * MIB)),
+    "parts of other sizes": put("layers", 14, "size", 1 << 40),
+    "feature like an option": put("layers", 14, "features", ["none,^extent /dev/sda"]),
+    "feature with an escape": put("layers", 14, "features", ["\x1b[2J"]),
+    "blocks of three bytes": put("layers", 14, "block_size", 4097),
+    "sectors of three bytes": put("layers", 14, "sector", 3),
+    "sectors of a negative size": put("layers", 14, "sector", -512),
+    "files of a negative number": put("layers", 10, "making", "inodes_used", -1),
+    "inodes of three bytes": put("layers", 10, "making", "inode_size", 3),
+    "mount option with a comma": put("layers", 10, "making", "mount_options", ["acl,journal_data"]),
+    "mount text with a zero": put("layers", 10, "making", "mount_text", "a\0"),
+    "a journal of a negative size": put("layers", 10, "making", "journal", -1),
 }
 
 
@@ -185,12 +659,22 @@ def leaves(record: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path]
 
 
+def images_of(layout: Layout) -> dict[str, ImageFacts]:
+    """Return an image for everything that is captured; keys lie in no space."""
+    sizes = {
+        each.volume: each.size if each.volume.endswith(":key") else layout.place(each.volume)[2]
+        for each in layout.captured()
+    }
+    return {volume: ImageFacts(size=size, used=0, digest="d") for volume, size in sizes.items()}
+
+
 VALUES: st.SearchStrategy[object] = st.one_of(
     st.integers(-(1 << 70), 1 << 70),
     st.integers(0, 32).map(lambda value: value * 512 * 1024),
     st.integers(0, 8),
     st.text(max_size=20),
     st.sampled_from([None, True, 1.5, [], {}, "sda:1", "sda:boot", "m.img", "05", LINUX]),
+    st.sampled_from(["sdb:1", "sdb:2", "md/root", "md/root:luks", "vg0/root", "raid0", "raid10", "n2", "1.0", "btrfs"]),
 )
 
 
@@ -205,9 +689,7 @@ def test_whatever_is_accepted_can_be_planned_or_is_refused(data: st.DataObject) 
         layout = decode_layout(json.dumps(record).encode())
     except DamagedError:
         return
-    images = {
-        volume.on: ImageFacts(size=layout.place(volume.on)[2], used=0, digest="d") for volume in layout.captured()
-    }
+    images = images_of(layout)
     targets = {
         disk.name: Target(path=f"/t/{disk.name}", name=disk.name, size=disk.size + 4 * MIB, is_file=True)
         for disk in layout.disks
@@ -219,13 +701,107 @@ def test_whatever_is_accepted_can_be_planned_or_is_refused(data: st.DataObject) 
 def test_hostile_images_are_refused() -> None:
     layout = sample()
     targets = {disk.name: Target(path=f"/{disk.name}", name=disk.name, size=disk.size) for disk in layout.disks}
-    good = {volume.on: ImageFacts(size=layout.place(volume.on)[2], used=0, digest="d") for volume in layout.captured()}
+    good = images_of(layout)
     plan_restore(layout, good, targets, snapshot="s", options=PlanOptions())
+    least = {each.volume: each.size for each in layout.captured()}
     for volume, facts in good.items():
-        for size in (-1, 0, facts.size - 2 * MIB, facts.size + 512):
+        for size in (-1, 0, least[volume] - 1, facts.size + 512):
             bad = {**good, volume: msgspec.structs.replace(facts, size=size)}
             with pytest.raises(RefusedError, match=f"image of {volume}"):
                 plan_restore(layout, bad, targets, snapshot="s", options=PlanOptions())
         missing = {name: each for name, each in good.items() if name != volume}
         with pytest.raises(RefusedError, match=f"no image of volume {volume}"):
             plan_restore(layout, missing, targets, snapshot="s", options=PlanOptions())
+
+
+def long(count: int, **fields: object) -> Any:
+    """Return a change that repeats a list's first item until it has that many, numbered where they need it."""
+    (path, item), *_ = fields.items()
+    layer, _, name = path.partition("_")
+
+    def change(record: Any) -> None:
+        assert callable(item)
+        record["layers"][int(layer[1:])][name] = [item(index) for index in range(count)]
+
+    return change
+
+
+MANY = 1_000_000
+HUGE = {
+    "partitions": long(MANY, l0_partitions=lambda index: {"number": index, "start": 0, "size": 1, "type": ""}),
+    "logical partitions": long(
+        MANY // 2, l4_partitions=lambda index: {"number": index + 5, "start": 0, "size": 1, "type": "83", "record": 1}
+    ),
+    "layers": put("layers", [{"layer": "raw", "on": "sda", "size": 1}] * MANY),
+    "disks": put("disks", [{"name": "a", "size": 512}] * MANY),
+    "members": long(MANY, l8_members=lambda index: {"space": "sdb:1", "slot": index}),
+    "missing members": long(MANY, l8_members=lambda index: {"space": "", "slot": index}),
+    "physical volumes": long(
+        MANY // 2, l11_members=lambda index: {"space": "", "name": "", "uuid": "", "data_start": 0, "extents": 0}
+    ),
+    "logical volumes": long(
+        MANY // 2, l11_volumes=lambda index: {"name": f"v{index}", "uuid": "", "size": 1, "kind": ""}
+    ),
+    "parts": long(MANY, l14_parts=lambda index: {"space": "sdb:3", "number": index, "size": 1}),
+    "features": put("layers", 14, "features", ["a"] * MANY),
+    "key slots": put("layers", 9, "key_slots", [1] * MANY),
+    "tokens": put("layers", 9, "tokens", ["a"] * MANY),
+    "words of a volume group": put("layers", 11, "metadata", "a = 1\n" * MANY),
+    "a long text": put("layers", 11, "metadata", METADATA + "#" * (60 << 20)),
+    "sections in sections": put("layers", 11, "metadata", "a {" * MANY),
+    "extents": both(
+        put("layers", 11, "members", 0, "extents", 1 << 62), metadata("pe_count = 31", f"pe_count = {1 << 62}")
+    ),
+    "slots": both(put("layers", 8, "slots", 1 << 62), put("layers", 8, "level", "raid5")),
+    "copies": both(put("layers", 8, "level", "raid10"), put("layers", 8, "layout", f"n{1 << 62}")),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_huge_records_are_refused_at_once(name: str) -> None:
+    data = tampered(HUGE[name])
+    began = time.process_time()
+    with pytest.raises(DamagedError):
+        decode_layout(data)
+    assert time.process_time() - began < 1
+
+
+def mirrors(levels: int, copies: int) -> bytes:
+    """Return a record of mirrors on mirrors: each of the partitions of the one below."""
+    disk = Disk(name="sda", size=1 << 50)
+    layers: list[Layer] = []
+    place, size = "sda", disk.size
+    for level in range(levels):
+        share = (size - (1 << 30)) // copies // (1 << 30) * (1 << 30)
+        partitions = tuple(
+            Partition(number=index + 1, start=(1 << 29) + index * share, size=share, type=LINUX, uuid=GUID)
+            for index in range(copies)
+        )
+        layers.append(
+            GptTable(on=place, disk_guid=GUID, entry_count=128, partitions=partitions, protective_mbr=bytes(512))
+        )
+        members = tuple(
+            ArrayMember(space=f"{place}:{each.number}", slot=each.number - 1, data_size=share) for each in partitions
+        )
+        array = msgspec.structs.replace(
+            ARRAY, device=f"md/{level}", members=members, slots=copies, component_size=share, size=share
+        )
+        layers.append(array)
+        place, size = array.device, share
+    return encode_layout(Layout(disks=(disk,), layers=tuple(layers)))
+
+
+@pytest.mark.parametrize("shape", [(4, 100), (17, 2), (33, 1), (400, 1)])
+def test_towers_of_layers_are_refused_at_once(shape: tuple[int, int]) -> None:
+    """A walk through such a record would never end: every path from a volume to the disks is gone."""
+    data = mirrors(*shape)
+    began = time.process_time()
+    with pytest.raises(DamagedError, match=r"more layers|impossible|overlap"):
+        decode_layout(data)
+    assert time.process_time() - began < 1
+
+
+def test_what_real_machines_stack_is_taken() -> None:
+    layout = decode_layout(mirrors(3, 4))
+    targets = {"sda": Target(path="/t/sda", name="sda", size=1 << 50)}
+    plan_restore(layout, {}, targets, snapshot="s", options=PlanOptions())

@@ -235,7 +235,7 @@ def _clear_range(path: Path, start: int, size: int) -> int:
 
 def _clear_signatures(step: ClearSignatures, span: Span) -> int:
     found = probe_signature(span)
-    same = (found.type, found.uuid, found.table) == (step.type, step.uuid, "")
+    same = (found.type, found.uuid) == (step.type, step.uuid) and found.is_content
     if not found.ambiguous and (same or not (found.type or found.table)):
         return 0
     with attach_loop(span, writable=True) as device:

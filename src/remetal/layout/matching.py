@@ -12,7 +12,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from remetal.errors import RefusedError, UsageError
-from remetal.layout.model import BIOS_BOOT, EFI_SYSTEM, PREP_BOOT, Disk, GptTable, Layout, MbrTable
+from remetal.layout.model import (
+    BIOS_BOOT,
+    EFI_SYSTEM,
+    PREP_BOOT,
+    Disk,
+    GptTable,
+    Layout,
+    MbrTable,
+    MdArray,
+    VolumeGroup,
+)
 from remetal.layout.sameness import is_same_disk_by_serial, is_same_disk_by_wwn
 from remetal.units import format_bytes
 
@@ -124,6 +134,7 @@ def is_own(layout: Layout, disk: Disk, target: Target) -> bool:
 def find_marks(layout: Layout, name: str) -> frozenset[str]:
     """Return what the content of a disk is known by: its partition table's and every partition's id, or a volume's.
 
+    A member of a container is known by the array's UUID, in bare digits, or by its own as a physical volume.
     Partitions of DOS tables have the ids that the kernel gives them (PARTUUID): the table's signature and a number.
     """
     layer = layout.layer_on(name)
@@ -134,6 +145,10 @@ def find_marks(layout: Layout, name: str) -> frozenset[str]:
             if layer.signature == "00000000":
                 return frozenset()
             return frozenset({layer.signature, *(f"{layer.signature}-{each.number:02x}" for each in layer.partitions)})
+        case MdArray():
+            return frozenset({layer.uuid.replace(":", "")})
+        case VolumeGroup():
+            return frozenset(each.uuid for each in layer.members if each.space == name)
         case _:
             return frozenset({getattr(layer, "uuid", "")} - {""})
 

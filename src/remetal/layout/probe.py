@@ -221,9 +221,8 @@ def _probe_device(io: DiskIO, device: Disk | Device, report: Report) -> tuple[Di
     signature = probe_signature(whole)
     if _FOREIGN_ARRAY.fullmatch(signature.type):
         return device, [_probe_raw(device.name, device.size, signature.type, report)]
-    only_content = bool(signature.type) and not signature.table
     try:
-        found = None if only_content else _probe_table(io, device)
+        found = None if signature.is_content else _probe_table(io, device)
     except BadStructureError as error:
         report(
             Warn(

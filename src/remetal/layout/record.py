@@ -49,7 +49,7 @@ MAX_RECORD = 64 << 20
 """Bytes of a record: far above what any machine needs."""
 MAX_HEADER = 256 << 20
 """Bytes of a LUKS header with its key slots; at restore it is read into memory."""
-MAX_PATHS = 1 << 20
+MAX_PATHS = 1 << 17
 """Ways from all volumes and containers down to the disks: what a walk through the layers has to go."""
 MAX_DEPTH = 32
 """Containers that stand on one another."""
@@ -196,6 +196,8 @@ class _Checker:
             self._add_device(device, paths, depth)
 
     def _check_volume(self, volume: Volume) -> None:
+        if isinstance(volume, FileSystem) and volume.spaces[0] != volume.on:
+            raise _damaged(f"describes the devices of the volume on {volume.on!r} in an impossible way")
         device, start, space = self.spaces[volume.on]
         if not isinstance(volume, FileSystem) or not volume.parts:
             if not 0 < volume.size <= space:
@@ -227,10 +229,12 @@ def _find_problem(layer: Container, sizes: dict[SpaceId, int]) -> str:
 def _find_array_problem(array: MdArray, sizes: dict[SpaceId, int]) -> str:
     if not _has_possible_names(array):
         return "its names"
+    if array.level not in _LAYOUTS and array.level != "raid10":
+        return "its level"
+    if not _has_possible_geometry(array):
+        return "its layout or chunks"
     if not _has_possible_members(array):
         return "the places of its members"
-    if not _has_possible_geometry(array):
-        return "its level, layout or chunks"
     for each in array.members:
         data = max(each.data_size, array.component_size)
         if each.space and not 0 <= each.data_offset < each.data_offset + data <= sizes[each.space]:
@@ -249,23 +253,18 @@ def _has_possible_names(array: MdArray) -> bool:
 
 def _has_possible_members(array: MdArray) -> bool:
     """Whether every slot is there once, in order, be its member missing or not, and the array works with what is."""
-    if not 0 < array.slots <= MAX_DISKS or len(array.members) > 2 * MAX_DISKS:
+    if len(array.members) > 2 * MAX_DISKS:
         return False
     slots = [each.slot for each in array.members if each.slot >= 0]
     spares = all(each.space and each.slot == -1 for each in array.members if each.slot < 0)
     there = {each.slot for each in array.members if each.slot >= 0 and each.space}
-    known = array.level in _LAYOUTS or array.level == "raid10"
-    return (
-        slots == list(range(array.slots))
-        and spares
-        and known
-        and md_sizes.is_startable(array.level, array.layout, array.slots, there)
-    )
+    works = md_sizes.is_startable(array.level, array.layout, array.slots, there)
+    return slots == list(range(array.slots)) and spares and works
 
 
 def _has_possible_geometry(array: MdArray) -> bool:
     chunk, bitmap = array.chunk, array.bitmap_chunk
-    if not 0 <= chunk < 1 << 40 or chunk % 1024 or not 0 <= bitmap < 1 << 40:
+    if not 0 <= chunk < 1 << 40 or chunk % 1024 or not 0 <= bitmap < 1 << 40 or not 0 < array.slots <= MAX_DISKS:
         return False
     if array.level in md_sizes.STRIPED:
         striped = chunk > 0 or array.level == "linear"

@@ -9,6 +9,8 @@ from remetal.system.blockdev import Span
 from remetal.system.run import run
 
 _NOTHING, _SEVERAL = 2, 8
+_BOOT_SECTORS = {"vfat", "exfat", "ntfs"}
+"""Types whose boot sector ends as a DOS partition table does."""
 _ESCAPE = re.compile(rb"\\x([0-9a-f]{2})")
 
 
@@ -24,6 +26,11 @@ class Signature:
     label: str = ""
     table: str = ""
     ambiguous: bool = False
+
+    @property
+    def is_content(self) -> bool:
+        """Whether there is content, and what looks like a partition table is but its boot sector's last two bytes."""
+        return bool(self.type) and (not self.table or (self.table == "dos" and self.type in _BOOT_SECTORS))
 
 
 def probe_signature(span: Span) -> Signature:

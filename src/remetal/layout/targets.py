@@ -185,11 +185,21 @@ def _probe_content(path: Path) -> _Content:
     if looks_blank(layout, name, path):
         return _Content()
     table = layout.layer_on(name)
+    marks = find_marks(layout, name) | (
+        _find_member_mark(path, layout.disks[0].size) if isinstance(table, Raw) else set()
+    )
     return _Content(
         describe_content(layout, name),
-        tuple(sorted(find_marks(layout, name))),
+        tuple(sorted(marks)),
         table if isinstance(table, (GptTable, MbrTable)) else None,
     )
+
+
+def _find_member_mark(path: Path, size: int) -> set[str]:
+    """Return what a member of a container is known by, as `find_marks` does for one that was opened."""
+    found = probe_signature(Span(path, 0, size))
+    uuid = found.uuid.replace("-", "") if found.type == "linux_raid_member" else found.uuid
+    return {uuid} - {""}
 
 
 def describe_content(layout: Layout, name: SpaceId) -> str:

@@ -39,9 +39,9 @@ def is_startable(level: str, layout: str, slots: int, there: set[int]) -> bool:
         case "raid6":
             return missing <= 2
         case "raid10":
-            copies = max(_copies(layout))
-            gone = [slot for slot in range(slots) if slot not in there]
-            return all(sum((first + step) % slots in gone for step in range(copies)) < copies for first in range(slots))
+            near, far = _copies(layout)
+            firsts = {number * near % slots for number in range(slots)}
+            return all(any((first + copy) % slots in there for copy in range(near * far)) for first in firsts)
         case _:
             return missing == 0
 
