@@ -7,7 +7,7 @@ FIRMWARE ?= bios
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help setup demo test matrix lint bench docs lock clean
+.PHONY: help setup demo test test-storage matrix lint bench docs lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -38,8 +38,11 @@ lint: setup ## ruff, mypy strict, import contracts
 test: lint ## lint and every test ring, a full BIOS and a full UEFI recovery included
 	@$(SUDO) $(BIN)/pytest -m "not matrix"
 
+test-storage: setup ## every storage stack on every target (an hour); writes docs/reference/storage.md
+	@$(SUDO) $(BIN)/python -m lab.stacks
+
 matrix: setup ## the combinations that make test leaves out (the medium on every firmware and bus)
-	@$(SUDO) $(BIN)/pytest -m matrix
+	@$(SUDO) $(BIN)/pytest -m "matrix and not storage"
 
 bench: setup ## capture and restore beside their peers, in one run
 	@$(SUDO) $(BIN)/python -m bench
