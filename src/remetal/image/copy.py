@@ -65,6 +65,12 @@ def mounted_image(
         yield folder
 
 
+def target_options(kind: str) -> tuple[str, ...]:
+    """Return how a file system of this kind is mounted that files are copied to."""
+    # XFS would fill small holes of sparse files with space that it sets aside for what may follow.
+    return (*_PLAIN, *_OPTIONS.get(kind, ()), *(("allocsize=4k",) if kind == "xfs" else ()))
+
+
 def restore_files(
     reader: Reader, image: ImageRecord, span: Span, *, kind: str, part: str, report: Report = silent
 ) -> Written:
@@ -78,7 +84,7 @@ def restore_files(
         attach_loop(span, writable=True) as device,
     ):
         before = probe_written(device)
-        with mounted(device, kind=_driver(kind), options=(*_PLAIN, *_OPTIONS.get(kind, ()))) as target:
+        with mounted(device, kind=_driver(kind), options=target_options(kind)) as target:
             copy_files(source, target, kind=kind, report=report)
         return Written(compared=image.used, written=probe_written(device) - before)
 
