@@ -97,6 +97,8 @@ def _walk(
     report: Report,
     writing: bool,
 ) -> Written:
+    if image.size > span.size:
+        _check_end(reader, image, span)
     workers = workers or os.cpu_count() or 1
     buffers = threading.local()
     result = Written()
@@ -149,8 +151,6 @@ def _bring(
     start = group.first * image.chunk_size
     size = min(len(group.ids) * image.chunk_size, image.size - start)
     room = min(size, span.size - start)
-    if room <= 0:
-        raise _too_long(image, span)
     view = buffer[:size]
     disk.read_into(view[:room], span.start + start)
     np.frombuffer(view, np.uint8)[room:] = 0
@@ -168,15 +168,22 @@ def _bring(
                     f"a chunk of '{image.volume}' has {len(content)} bytes instead of {len(piece)}",
                     hint="Run `remetal check --read-data`, and restore another snapshot if there is one.",
                 )
-            if any(content[max(room - place, 0) :]):
-                raise _too_long(image, span)
             piece[:] = content
-            disk.write(piece[: max(room - place, 0)], span.start + start + place)
+            disk.write(piece[: room - place], span.start + start + place)
     return Written(compared=size, written=written)
 
 
-def _too_long(image: ImageRecord, span: Span) -> DamagedError:
-    return DamagedError(f"the image of '{image.volume}' holds data behind byte {span.size}, where its place ends")
+def _check_end(reader: Reader, image: ImageRecord, span: Span) -> None:
+    """Raise DamagedError if an image that is longer than its place holds data where that has ended."""
+    last = span.size // image.chunk_size
+    for run in reader.runs(image):
+        for index in range(max(last, run.first), run.first + len(run.ids)):
+            wanted = run.ids[index - run.first]
+            kept = max(span.size - index * image.chunk_size, 0)
+            if kept == 0 or (wanted != ZERO_ID and any(reader.read_chunk(wanted)[kept:])):
+                raise DamagedError(
+                    f"the image of '{image.volume}' holds data behind byte {span.size}, where its place ends"
+                )
 
 
 def _stands_there(reader: Reader, piece: memoryview, wanted: bytes) -> bool:

@@ -21,7 +21,7 @@ from remetal.layout.model import Layout
 from remetal.layout.plan import Target
 from remetal.layout.probe import probe_layout
 from remetal.layout.record import decode_layout
-from remetal.layout.targets import describe_content, looks_blank
+from remetal.layout.targets import describe_content, find_table, looks_blank
 
 
 def probe_machine(report: Report = silent) -> Layout:
@@ -75,6 +75,7 @@ def targets_of_machine(layout: Layout) -> tuple[Target, ...]:
             bus=disk.bus,
             content=describe_content(layout, disk.name),
             marks=tuple(sorted(find_marks(layout, disk.name))),
+            table=find_table(layout, disk.name),
         )
         for disk in layout.disks
     )

@@ -191,8 +191,14 @@ def _probe_content(path: Path) -> _Content:
     return _Content(
         describe_content(layout, name),
         tuple(sorted(marks)),
-        table if isinstance(table, (GptTable, MbrTable)) else None,
+        find_table(layout, name),
     )
+
+
+def find_table(layout: Layout, name: SpaceId) -> Table | None:
+    """Return the partition table of a disk, or None."""
+    table = layout.layer_on(name)
+    return table if isinstance(table, (GptTable, MbrTable)) else None
 
 
 def _find_member_mark(path: Path, size: int) -> set[str]:
