@@ -112,7 +112,8 @@ class Site:
 
     def take(self, step: TakeSnapshot) -> None:
         """Make a thin snapshot unless it is there, and open it."""
-        self.devices |= self._stack.enter_context(lvm.taken_snapshot(step.group, step.volume))
+        if f"{step.group.name}/{step.volume}" not in self.devices:
+            self.devices |= self._stack.enter_context(lvm.taken_snapshot(step.group, step.volume))
 
     def span(self, space: SpaceId) -> Span:
         """Return the bytes of a space."""
