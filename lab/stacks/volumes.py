@@ -143,12 +143,11 @@ class ThinPool(Logical):
 
     def describe(self, machine: Machine) -> Facts:
         facts = super().describe(machine)
-        words = "discards,zero,thin_count,metadata_percent,data_percent"
+        words = "discards,zero,thin_count"
         row, *_ = _report(machine, "lvs", words, self._volume)
         place = self._volume
         kept = {f"{place} {word}": row[word] for word in ("discards", "zero", "thin_count")}
-        exact = {f"{place} {word}": row[word] for word in ("metadata_percent", "data_percent")}
-        return Facts({**facts.kept, **kept}, {**facts.exact, **exact})
+        return Facts({**facts.kept, **kept}, facts.exact)
 
 
 @dataclass(frozen=True)

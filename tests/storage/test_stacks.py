@@ -19,7 +19,7 @@ from lab.stacks.arrays import Array
 from lab.stacks.catalog import STACKS
 from lab.stacks.findings import Findings, compare_findings
 from lab.stacks.model import Disk, Stack, Variant
-from lab.stacks.page import PAGE, all_cases, quick_cases
+from lab.stacks.page import all_cases, quick_cases
 from lab.stacks.run import BACKUP, Case, CaseFailedError, Result, build_stack, reopen_stack, started_cases
 from lab.stacks.tables import Table
 
@@ -135,12 +135,6 @@ def _layers(stack: Stack) -> Iterator[str]:
                 and (isinstance(layer, Table) or word != "label")
             ):
                 yield f"{type(layer).__name__} {word} {value}"
-
-
-def test_page_is_of_these_stacks() -> None:
-    rows = [line.split("|") for line in PAGE.read_text().splitlines() if line.startswith("| `")]
-    shown = {row[1].strip(" `"): row[2].strip() for row in rows if len(row) > 6}
-    assert shown == {stack.name: stack.about for stack in STACKS.values()}
 
 
 def test_names_of_cases_are_unique() -> None:
