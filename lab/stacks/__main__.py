@@ -36,6 +36,7 @@ def main() -> int:
     parser.add_argument("stacks", nargs="*", help="names of stacks, or STACK/VARIANT; everything by default")
     parser.add_argument("--quick", action="store_true", help="the share that `make test` runs")
     parser.add_argument("--self-test", action="store_true", help="build and reopen only, without remetal")
+    parser.add_argument("--resume", action="store_true", help="leave out what passed in the run before")
     parser.add_argument("--work", type=Path, help="keep logs and findings in this new folder")
     words = parser.parse_args()
     chosen = [case for word in words.stacks for case in _parse_case(word)]
@@ -43,7 +44,7 @@ def main() -> int:
     with _work_folder(words.work) as work:
         if words.self_test:
             return _self_test([STACKS[name] for name in dict.fromkeys(case.stack for case in chosen)], work)
-        return _run(chosen, work)
+        return _run(chosen, work, _load_results() if words.resume else {})
 
 
 def _parse_case(word: str) -> tuple[Case, ...]:
@@ -60,11 +61,22 @@ def _work_folder(kept: Path | None) -> Iterator[Path]:
         yield Path(place)
 
 
-def _run(cases: Sequence[Case], work: Path) -> int:
-    """Run the cases; the page is written when all of them were run."""
-    began, results, failures = time.monotonic(), {}, 0
+def _load_results() -> dict[Case, Result]:
+    """Return what passed in the run before, as far as it still is a case."""
+    if not RESULTS.exists():
+        return {}
+    found = [Result.parse(line) for line in RESULTS.read_text().splitlines()]
+    passed = {Case(each.stack, each.variant): each for each in found}
+    return {case: passed[case] for case in all_cases() if case in passed}
+
+
+def _run(chosen: Sequence[Case], work: Path, results: dict[Case, Result]) -> int:
+    """Run the cases that have no results yet; the page is written when every case of every stack has one."""
+    began, failures = time.monotonic(), 0
+    cases = [case for case in chosen if case not in results]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with started_cases(cases, work) as futures, RESULTS.open("w") as lines:
+    RESULTS.write_text("".join(f"{each.line()}\n" for each in results.values()))
+    with started_cases(cases, work) as futures, RESULTS.open("a") as lines:
         for case, future in futures.items():
             try:
                 results[case] = future.result()
@@ -74,11 +86,12 @@ def _run(cases: Sequence[Case], work: Path) -> int:
                 print(f"FAILED {error.message}")
             else:
                 lines.write(results[case].line() + "\n")
+                lines.flush()
                 _show(results[case])
             sys.stdout.flush()
     print(f"{len(cases)} cases, {failures} failed, {time.monotonic() - began:.0f} s; see {RESULTS}")
     if len(results) == len(all_cases()):
-        PAGE.write_text(render_page(results))
+        PAGE.write_text(render_page({case: results[case] for case in all_cases()}))
         print(f"wrote {PAGE}")
     return 1 if failures else 0
 

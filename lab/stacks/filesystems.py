@@ -64,10 +64,11 @@ class FileSystem(Layer):
     def describe(self, machine: Machine) -> Facts:
         device = machine.path(self.on)
         kept = {f"{self.on} {word}": value for word, value in probe_tags(machine, device).items()}
-        kept |= {f"{self.on} {word}": value for word, value in self._kind.facts(machine, device).items()}
+        facts = {f"{self.on} {word}": value for word, value in self._kind.facts(machine, device).items()}
+        exact = {name: facts.pop(name) for name in list(facts) if name.endswith(" Block size")}  # sectors may raise it
         with self._mounted(machine, "ro") as folder:
             status = os.statvfs(folder)
-        return Facts(kept, {}, {self.on: status.f_blocks * status.f_frsize})
+        return Facts(kept | facts, exact, {self.on: status.f_blocks * status.f_frsize})
 
     def manifests(self, machine: Machine) -> Iterator[tuple[str, Manifest]]:
         with self._mounted(machine, "ro") as folder:

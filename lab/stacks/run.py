@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
@@ -62,6 +63,12 @@ class Result:
     def line(self) -> str:
         """Return the result as one line of JSON."""
         return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def parse(cls, line: str) -> Result:
+        """Return the result that a line tells."""
+        found = json.loads(line)
+        return cls(**found | {"done": tuple(found["done"]), "checks": tuple(found["checks"])})
 
 
 @contextmanager
@@ -149,7 +156,7 @@ def reopen_stack(stack: Stack, folder: Path) -> Result:
 
 def restore_stack(stack: Stack, variant: Variant, folder: Path) -> Result:
     """Restore a captured stack onto blank disks, assemble, check and compare it. Raises CaseFailedError."""
-    out = folder / variant.name
+    out = folder / re.sub("[^a-z]+", "-", variant.name)  # the kernel's command line takes no blanks and commas
     try:
         report = _boot(stack, variant, "restore", folder, out)
         _check_refusal(stack, variant.name, report["refused"], variant.refusal)
@@ -183,14 +190,15 @@ def _judge(stack: Stack, variant: Variant, folder: Path, out: Path, report: dict
 def _describe_plan(plan: dict[str, Any]) -> list[str]:
     """Return by words what a plan does with the stack's content."""
     steps = {step["step"] for step in plan.get("steps", ())}
-    return [word for step, word in _STEPS.items() if step in steps]
+    return list(dict.fromkeys(word for step, word in _STEPS.items() if step in steps))
 
 
 _STEPS = {
     "write-image": "blocks",
     "grow": "grown",
     "grow-spanning": "grown",
-    "make-filesystem": "re-made",
+    "remake": "re-made",
+    "copy-files": "re-made",
 }
 
 

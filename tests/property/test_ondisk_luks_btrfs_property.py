@@ -99,7 +99,9 @@ def patch(data: bytearray, patches: Patches, start: int = 0) -> None:
 
 
 def make_patches(size: int) -> st.SearchStrategy[dict[int, bytes]]:
-    return st.dictionaries(st.integers(0, size - 1), st.binary(min_size=1, max_size=8), max_size=6)
+    """Draw bytes to put at some places of the first `size` bytes, and not beyond them."""
+    found = st.dictionaries(st.integers(0, size - 1), st.binary(min_size=1, max_size=8), max_size=6)
+    return found.map(lambda patches: {place: new[: size - place] for place, new in patches.items()})
 
 
 @settings(deadline=None, max_examples=400)

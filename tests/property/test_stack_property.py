@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import msgspec
 import msgspec.structs
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 
 from remetal.errors import RefusedError, UsageError
@@ -68,11 +68,11 @@ def images_of(layout: Layout) -> dict[SpaceId, ImageFacts]:
 def cases(draw: st.DrawFn) -> Case:
     layout = draw(stacked_layouts())
     names = [disk.name for disk in layout.disks]
-    without = draw(st.sets(st.sampled_from(names), max_size=2)) if draw(st.integers(0, 4)) == 0 else set()
+    without: set[str] = draw(st.sets(st.sampled_from(names), max_size=2)) if draw(st.integers(0, 4)) == 0 else set()
     arrays = [each.device for each in layout.layers if isinstance(each, MdArray)]
     dissolve = draw(st.sets(st.sampled_from(arrays))) if bool(arrays) and draw(st.booleans()) else set()
     systems = [each.on for each in layout.volumes() if isinstance(each, FileSystem)]
-    grow = draw(st.sets(st.sampled_from(systems))) if systems and draw(st.integers(0, 3)) == 0 else set()
+    grow: set[str] = draw(st.sets(st.sampled_from(systems))) if systems and draw(st.integers(0, 3)) == 0 else set()
     targets = {}
     for disk in layout.disks:
         if disk.name in without:
@@ -97,15 +97,16 @@ def cases(draw: st.DrawFn) -> Case:
     return layout, images_of(layout), targets, options
 
 
-def plan(case: Case) -> Plan:
+def plan(case: Case, *, overwrite: bool = False) -> Plan:
     layout, images, targets, options = case
-    return plan_restore(layout, images, targets, snapshot="snap", options=options)
+    named = [target.path for target in targets.values()] if overwrite else []
+    return plan_restore(layout, images, targets, snapshot="snap", options=options, overwrite=named)
 
 
-def plan_or_none(case: Case) -> Plan | None:
+def plan_or_none(case: Case, *, overwrite: bool = False) -> Plan | None:
     """Return the plan; of a refusal, see that it says what is refused and what to do."""
     try:
-        found = plan(case)
+        found = plan(case, overwrite=overwrite)
     except (RefusedError, UsageError) as error:
         check_reason(case[0], error)
         return None
@@ -394,3 +395,80 @@ def test_the_same_disks_take_it_as_it_was(layout: Layout, sector: int) -> None:
     found = plan((layout, images_of(layout), targets, PlanOptions()))
     assert found.result.layers == layout.layers
     assert not found.grown
+
+
+@st.composite
+def partial_cases(draw: st.DrawFn, word: str) -> Case:
+    """Draw layouts whose disks still have their tables, and some of the volumes on them."""
+    layout = draw(stacked_layouts())
+    spaces = sorted(
+        {space for each in layout.layers for space in spaces_of(each)} - {disk.name for disk in layout.disks}
+    )
+    assume(spaces)
+    chosen = tuple(sorted(draw(st.sets(st.sampled_from(spaces), min_size=1, max_size=3))))
+    targets = {}
+    for disk in layout.disks:
+        table = layout.layer_on(disk.name)
+        targets[disk.name] = Target(
+            path=f"/t/{disk.name}",
+            name=disk.name,
+            size=disk.size + draw(st.sampled_from([0, 0, 512 * 8, MIB])),
+            logical_sector=disk.logical_sector,
+            table=table if isinstance(table, (GptTable, MbrTable)) else None,
+            content="as it was",
+            marks=tuple(sorted(find_marks(layout, disk.name))),
+        )
+    options = PlanOptions(only=chosen) if word == "only" else PlanOptions(keep=chosen)
+    return layout, images_of(layout), targets, options
+
+
+def below(space: SpaceId, layout: Layout) -> set[SpaceId]:
+    """Return a space, its device, and all spaces and devices that it is made of."""
+    found, pending = set(), [space]
+    while pending:
+        each = pending.pop().removesuffix(":header")
+        if each not in found:
+            found.add(each)
+            device = layout.place(each)[0].name
+            provider = layout.provider_of(device)
+            pending += [device, *(spaces_of(provider) if provider is not None else ())]
+    return found
+
+
+@settings(relaxed, max_examples=200)
+@given(partial_cases("keep"))
+def test_what_is_kept_is_not_touched(case: Case) -> None:
+    """Neither are its bytes, nor what it is made of: a container under it is opened as it stands, or not at all."""
+    found = plan_or_none(case, overwrite=True)
+    if found is None:
+        return
+    for space in case[3].keep:
+        device, start, size = found.result.place(space)
+        under = below(space, found.result)
+        for step in found.steps:
+            place = place_of(step)
+            inside = place is not None and place[0] == device.name and place[1] < start + size and start < place[2]
+            assert not inside, f"{step} touches {space}, which is kept"
+            if isinstance(step, OpenContainer) and set(spaces_of(step.container)) & under:
+                assert not step.make, f"{step} makes anew what {space} lies on, which is kept"
+            if isinstance(step, (WriteImage, ClearSignatures, MakeSwap)):
+                assert step.volume.removesuffix(":header") not in under, f"{step} writes below {space}, which is kept"
+
+
+@settings(relaxed, max_examples=200)
+@given(partial_cases("only"))
+def test_only_what_is_chosen_is_written(case: Case) -> None:
+    found = plan_or_none(case, overwrite=True)
+    if found is None:
+        return
+    chosen = set(case[3].only)
+    for step in found.steps:
+        assert not isinstance(step, (WriteTable, ClearRange, WriteBootCode))
+        if isinstance(step, OpenContainer):
+            assert not step.make or chosen & set().union(
+                *(below(each, found.result) for each in spaces_of(step.container))
+            )
+        else:
+            taken = (f"{step.group.name}/{step.volume}",) if isinstance(step, TakeSnapshot) else needed_by(step)
+            written = {under for space in taken for under in below(space, found.result)}
+            assert written & chosen or isinstance(step, CreateFile), f"{step} was not asked for"

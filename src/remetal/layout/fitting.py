@@ -13,7 +13,7 @@ most first; what lies behind moves forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec.structs
@@ -117,6 +117,9 @@ class _Fitter:
         self.remade: dict[SpaceId, Remake] = {}
         self.moved: list[SpaceId] = []
         self.blocked: dict[SpaceId, SpaceId] = {}
+        self.growing: dict[tuple[SpaceId, int], bool] = {}
+        self.needs: dict[tuple[SpaceId, bool], int] = {}
+        self.headroom: dict[SpaceId, bool] = {}
 
     def fit(self) -> Fit:
         layers = tuple(self._fit_layer(layer) for layer in self.layout.layers)
@@ -247,6 +250,11 @@ class _Fitter:
 
     def _can_grow(self, space: SpaceId, room: int) -> bool:
         """Whether anything on a space of the source would take `room` bytes more."""
+        if (space, room) not in self.growing:
+            self.growing[space, room] = self._find_growth(space, room)
+        return self.growing[space, room]
+
+    def _find_growth(self, space: SpaceId, room: int) -> bool:
         layer = self.layout.layer_on(space)
         match layer:
             case FileSystem():
@@ -263,7 +271,11 @@ class _Fitter:
 
     def _has_headroom(self, space: SpaceId) -> bool:
         """Whether all disks under a space get larger."""
-        return all(self._gain(disk) >= GROWTH_STEP for disk in self.layout.disks_under(space))
+        device = self.layout.place(space)[0].name
+        if device not in self.headroom:
+            disks = self.layout.disks_under(device)
+            self.headroom[device] = all(self._gain(disk) >= GROWTH_STEP for disk in disks)
+        return self.headroom[device]
 
     def _fit_table(self, table: Table) -> Table:
         device = self.devices[table.on]
@@ -312,11 +324,11 @@ class _Fitter:
 
     def _needs_blocks(self, space: SpaceId) -> int:
         """Return how many bytes what stands on a space of the source takes up as it is."""
-        return self._needs(space, lambda volume: volume.size)
+        return self._needs(space, remade=False)
 
     def _needs_files(self, space: SpaceId) -> int:
         """Return how many bytes it needs at least, if file systems are made anew."""
-        return self._needs(space, self._needs_remade)
+        return self._needs(space, remade=True)
 
     def _needs_remade(self, volume: FileSystem) -> int:
         remake = plan_remake(volume, volume.making, volume.size, self._target_sector(volume.on))
@@ -326,7 +338,12 @@ class _Fitter:
         """Return the sector size of the disks that a space will lie on, before its own device is known."""
         return max(self.devices[disk].logical_sector for disk in self.layout.disks_under(space))
 
-    def _needs(self, space: SpaceId, of_volume: Callable[[FileSystem], int]) -> int:
+    def _needs(self, space: SpaceId, *, remade: bool) -> int:
+        if (space, remade) not in self.needs:
+            self.needs[space, remade] = self._count_needs(space, remade=remade)
+        return self.needs[space, remade]
+
+    def _count_needs(self, space: SpaceId, *, remade: bool) -> int:
         layer = self.layout.layer_on(space)
         size = self._size(space)
         match layer:
@@ -335,13 +352,13 @@ class _Fitter:
             case FileSystem(parts=parts) if len(parts) > 1:
                 return next(part.size for part in parts if part.space == space)
             case FileSystem():
-                return of_volume(layer)
+                return self._needs_remade(layer) if remade else layer.size
             case MdArray() | VolumeGroup() | Luks():
-                inner = {name: self._needs(name, of_volume) for name in device_names(layer)}
+                inner = {name: self._needs(name, remade=remade) for name in device_names(layer)}
                 return min(size, container_kind(layer).least_space(layer, space, size, inner))
             case GptTable() | MbrTable():
                 spare = sum(
-                    align_down(each.size - self._needs(f"{space}:{each.number}", of_volume), GROWTH_STEP)
+                    align_down(each.size - self._needs(f"{space}:{each.number}", remade=remade), GROWTH_STEP)
                     for each in layer.partitions
                     if not is_extended(layer, each)
                 )

@@ -25,7 +25,10 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class ExtMaking(_Record, frozen=True, kw_only=True, tag_field="kind", tag="ext"):
-    """ext2, ext3, ext4: as `remetal.ondisk.ext.ExtSettings`."""
+    """ext2, ext3, ext4: as `remetal.ondisk.ext.ExtSettings`.
+
+    `in_pages` are the bytes that all files take up in blocks of 4096 bytes, where they have smaller ones; 0 if unknown.
+    """
 
     clean: bool
     inodes: int
@@ -44,6 +47,7 @@ class ExtMaking(_Record, frozen=True, kw_only=True, tag_field="kind", tag="ext")
     mount_text: str
     hash_algorithm: str
     hash_seed: str = ""
+    in_pages: int = 0
 
 
 class XfsMaking(_Record, frozen=True, kw_only=True, tag_field="kind", tag="xfs"):
@@ -79,9 +83,9 @@ class BtrfsMaking(_Record, frozen=True, kw_only=True, tag_field="kind", tag="btr
 Making: TypeAlias = ExtMaking | XfsMaking | FatMaking | BtrfsMaking
 
 
-def describe_ext(found: ExtSettings) -> ExtMaking:
-    """Return how an ext file system was made."""
-    return ExtMaking(**asdict(found))
+def describe_ext(found: ExtSettings, in_pages: int = 0) -> ExtMaking:
+    """Return how an ext file system was made; `in_pages` as `remetal.ondisk.ext.count_in_blocks` counts it."""
+    return ExtMaking(**asdict(found), in_pages=in_pages)
 
 
 def describe_xfs(found: XfsSettings, shared: int) -> XfsMaking:
@@ -108,7 +112,7 @@ def is_possible_making(making: Making) -> bool:
             sizes = {making.inode_size, making.flex_groups} <= _POWERS
             counts = 0 <= making.inodes_used <= making.inodes < 1 << 32 and making.inode_size >= 128
             words = all(text.replace("_", "").isalnum() and len(text) <= 32 for text in making.mount_options)
-            return sizes and counts and words and min(making.reserved, making.journal) >= 0
+            return sizes and counts and words and min(making.reserved, making.journal, making.in_pages) >= 0
         case XfsMaking():
             sizes = {making.sector_size, making.inode_size, making.directory_block} <= _POWERS
             counts = 0 <= making.inodes_used <= making.inodes and making.groups > 0 and making.group_size > 0

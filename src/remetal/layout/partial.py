@@ -29,6 +29,8 @@ from remetal.layout.steps import (
     WriteTable,
 )
 
+_OF_TABLES = (WriteTable, ClearRange, WriteBootCode)
+
 
 def check_choice(layout: Layout, only: Collection[SpaceId], keep: Collection[SpaceId]) -> None:
     """Raise UsageError for names that are no volumes of the snapshot, or that contradict one another."""
@@ -47,10 +49,16 @@ def pinned_tables(
 ) -> dict[SpaceId, Table]:
     """Return the tables that stand on the targets and stay, by source disk: those under the chosen volumes.
 
-    Raises RefusedError if a target has no table with the snapshot's partitions.
+    Raises RefusedError if a target has no table with the snapshot's partitions, or if a volume's place depends on a
+    table inside a container, which nobody sees before it is open.
     """
     pinned: dict[SpaceId, Table] = {}
     for space in chosen:
+        if inner := _find_inner_table(layout, space):
+            raise RefusedError(
+                f"{space} is a partition of {inner}, which is inside of a container",
+                hint=f"Name {inner} as a whole, or restore the whole disks, without --only and --keep.",
+            )
         for name in layout.disks_under(space):
             source = layout.layer_on(name)
             if not isinstance(source, (GptTable, MbrTable)):
@@ -63,6 +71,20 @@ def pinned_tables(
                 )
             pinned[name] = _renamed(found, name)
     return pinned
+
+
+def _find_inner_table(layout: Layout, space: SpaceId) -> SpaceId:
+    """Return the device below a space that is no disk and has partitions of which one is used; empty if none."""
+    pending = [space]
+    while pending:
+        each = pending.pop()
+        device = layout.place(each)[0].name
+        provider = layout.provider_of(device)
+        if provider is not None:
+            if each != device:
+                return device
+            pending += spaces_of(provider)
+    return ""
 
 
 def _is_same_table(source: Table, found: Table) -> bool:
@@ -82,24 +104,36 @@ def selected_steps(
 ) -> Iterator[Step]:
     """Yield the steps that are left: those for volumes that are chosen, and what opens the way to them."""
     for step in steps:
-        if keep and not _is_kept(step, result, keep):
-            yield step
-        elif only and _is_wanted(step, result, only):
-            yield msgspec.structs.replace(step, make=False) if isinstance(step, OpenContainer) else step
-        elif not keep and not only:
-            yield step
+        if only:
+            if _is_wanted(step, result, only):
+                yield _as_it_stands(step)
+        elif not _is_kept(step, result, keep):
+            if not _is_under(step, result, keep):
+                yield step
+            elif isinstance(step, OpenContainer):
+                yield _as_it_stands(step)
+
+
+def _as_it_stands(step: Step) -> Step:
+    """Return a step that opens a container without making it anew; any other as it is."""
+    return msgspec.structs.replace(step, make=False) if isinstance(step, OpenContainer) else step
 
 
 def _is_kept(step: Step, result: Layout, keep: Collection[SpaceId]) -> bool:
     """Whether a step would touch what shall be kept."""
-    return any(_stands_on(space, each, result) for space in _touched(step) for each in keep)
+    touched = (step.device,) if isinstance(step, (CreateFile, *_OF_TABLES)) else _touched(step)
+    return any(_stands_on(space, each, result) for space in touched for each in keep)
+
+
+def _is_under(step: Step, result: Layout, keep: Collection[SpaceId]) -> bool:
+    """Whether a step would write something that what shall be kept is made of, as a container and its header are."""
+    touched = [space.removesuffix(":header") for space in _touched(step)]
+    return any(_stands_on(each, space, result) for space in touched for each in keep)
 
 
 def _is_wanted(step: Step, result: Layout, only: Collection[SpaceId]) -> bool:
     """Whether a step serves what is chosen; tables and boot code stay as they are."""
     match step:
-        case CreateFile() | WriteTable() | ClearRange() | WriteBootCode():
-            return False
         case OpenContainer():
             return any(_stands_on(each, space, result) for space in spaces_of(step.container) for each in only) or any(
                 _stands_on(space, each, result) for space in spaces_of(step.container) for each in only

@@ -198,6 +198,8 @@ class _Checker:
     def _check_volume(self, volume: Volume) -> None:
         if isinstance(volume, FileSystem) and volume.spaces[0] != volume.on:
             raise _damaged(f"describes the devices of the volume on {volume.on!r} in an impossible way")
+        if volume.on not in spaces_of(volume):
+            raise _damaged(f"says of a volume that it is on {volume.on!r}, and that it is not")
         device, start, space = self.spaces[volume.on]
         if not isinstance(volume, FileSystem) or not volume.parts:
             if not 0 < volume.size <= space:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import struct
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from remetal.ondisk.regions import BadStructureError, Read
 
@@ -13,6 +17,12 @@ _MAGIC = 0xEF53
 _64BIT = 0x80
 _JOURNAL_DEVICE = 0x8
 _HAS_JOURNAL = 0x4
+_NO_INODES = 0x1
+_HUGE_FILE = 0x40000
+_ROOT, _FIRST_INODE = 2, 11
+_MOST_INODES = 512 << 20  # bytes
+_PIECE = 2048  # inodes that are read at once
+_LEAST_GROUP = 256
 _INODE_SIZES = {1 << bit for bit in range(7, 17)}
 
 _COMPATIBLE = {
@@ -190,6 +200,76 @@ def _parse_settings(data: bytes, block_size: int, wide: bool, journalled: bool) 
         hash_algorithm=_HASHES[hash_version % 3] if hash_version < 6 else "",
         hash_seed=str(uuid.UUID(bytes=data[0xEC:0xFC])) if any(data[0xEC:0xFC]) else "",
     )
+
+
+def count_in_blocks(read: Read, size: int, block: int) -> int:
+    """Return the bytes that all files and folders take up at most in blocks of `block` bytes; holes take up none.
+
+    Reads every inode of a volume of `size` bytes. Returns 0, for unknown, where that would be too much to read, or
+    where group descriptors or clusters are of another kind. Raises BadStructureError if there is no sound file system.
+    """
+    found = parse_ext(read, size)
+    table_size = found.settings.inodes * found.settings.inode_size
+    if table_size > _MOST_INODES or found.size > size or {"meta_bg", "bigalloc"} & set(found.features):
+        return 0
+    inode_size, total = found.settings.inode_size, 0
+    for number, (place, count) in enumerate(_inode_tables(read, found, size)):
+        if place + count * inode_size > size:
+            raise BadStructureError("a group of the ext file system has its inodes elsewhere")
+        for index in range(0, count, _PIECE):
+            table = read(place + index * inode_size, min(_PIECE, count - index) * inode_size)
+            total += _count_files(table, found, block, first=number == index == 0)
+    return total
+
+
+def _inode_tables(read: Read, found: ExtSuperblock, size: int) -> Iterator[tuple[int, int]]:
+    """Yield the byte at which each group's inodes begin, and how many of them have been made use of."""
+    data = read(_PLACE, _SIZE)
+    (first, _, _, per_group, _, inodes_per_group) = struct.unpack_from("<6I", data, 0x14)
+    (noted,) = struct.unpack_from("<H", data, 0xFE)
+    length = max(noted, 64) if "64bit" in found.features else 32
+    blocks = found.size // found.block_size
+    if not _LEAST_GROUP <= per_group <= 8 * found.block_size or first >= blocks:
+        raise BadStructureError("the superblock of the ext file system has impossible counts")
+    groups = -(-(blocks - first) // per_group)
+    start = (first + 1) * found.block_size
+    if inodes_per_group * groups != found.settings.inodes or not inodes_per_group or start + groups * length > size:
+        raise BadStructureError("the superblock of the ext file system has impossible counts")
+    lazy = bool({"uninit_bg", "metadata_csum"} & set(found.features))
+    for number in range(groups):
+        descriptor = read(start + number * length, length).ljust(64, b"\0")
+        low, flags, unused_low = (
+            *struct.unpack_from("<I", descriptor, 8),
+            *struct.unpack_from("<H8xH", descriptor, 0x12),
+        )
+        high, unused_high = *struct.unpack_from("<I", descriptor, 0x28), *struct.unpack_from("<H", descriptor, 0x32)
+        unused = inodes_per_group if flags & _NO_INODES else unused_high << 16 | unused_low
+        count = max(inodes_per_group - unused, 0) if lazy else inodes_per_group
+        yield (high << 32 | low) * found.block_size, count
+
+
+def _count_files(table: bytes, found: ExtSuperblock, block: int, *, first: bool) -> int:
+    """Return the bytes that the files of one group take up in such blocks; the first group has reserved inodes."""
+    rows = np.frombuffer(table, np.uint8).reshape(-1, found.settings.inode_size)
+
+    def field(offset: int, kind: str) -> npt.NDArray[np.int64]:
+        width = np.dtype(kind).itemsize
+        return np.ascontiguousarray(rows[:, offset : offset + width]).view(kind).reshape(-1).astype(np.int64)
+
+    sizes = field(4, "<u4") | (field(108, "<u4") & 0x7FFFFFFF) << 32
+    sectors = field(28, "<u4") | field(116, "<u2") << 32
+    huge = field(32, "<u4") & _HUGE_FILE != 0
+    blocks = np.where(huge, sectors, -(-sectors * 512 // found.block_size))
+    whole, before = -(-sizes // block), -(-sizes // found.block_size)
+    # As many blocks as its length makes: a plain file. Others have holes, or blocks that map it or hold attributes.
+    special = whole + np.maximum(blocks - before, 0) + whole // (block // 4 - 1) + 4
+    needed = np.where(blocks == before, whole, np.minimum(blocks, special))
+    needed = np.minimum(needed, found.size // found.block_size)
+    in_use = (field(26, "<u2") > 0) & (field(0, "<u2") != 0)
+    if first:
+        in_use[: _FIRST_INODE - 1] = False
+        in_use[_ROOT - 1 : _ROOT] = True
+    return int(needed[in_use].sum()) * block
 
 
 def _incompatible(data: bytes) -> list[str]:

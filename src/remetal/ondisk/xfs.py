@@ -16,6 +16,7 @@ _MORE_BITS, _IGNORES_CASE, _FILE_TYPES = 0x8000, 0x4000, 0x200
 _TREE_HEAD = 56
 _COUNT = struct.Struct(">III")  # xfs_refcount_rec: first block, number of blocks, references
 _NO_BLOCK = 0xFFFFFFFF
+_MOST_LEAVES = 1 << 20
 _MAX_REFERENCES = 1 << 31
 _READ_ONLY_NAMES = {0x1: "finobt", 0x2: "rmapbt", 0x4: "reflink", 0x8: "inobtcount"}
 
@@ -122,21 +123,21 @@ def read_shared(read: Read, size: int) -> int:
         return 0
     if found.size > size:
         raise BadStructureError("the XFS file system is larger than its volume")
-    return sum(
-        _count_shared(read, number * settings.group_size, settings, found.block_size)
-        for number in range(settings.groups)
-    )
+    return sum(_count_shared(read, found, number * settings.group_size) for number in range(settings.groups))
 
 
-def _count_shared(read: Read, start: int, settings: XfsSettings, block_size: int) -> int:
+def _count_shared(read: Read, found: XfsSuperblock, start: int) -> int:
     """Return the bytes saved by sharing in the allocation group that begins at byte `start`."""
-    header = read(start + settings.sector_size, 96)
+    block_size = found.block_size
+    blocks = min(found.settings.group_size, found.size - start) // block_size
+    if 2 * found.settings.sector_size > blocks * block_size:
+        raise _bad_tree()
+    header = read(start + found.settings.sector_size, 96)
     limit, block, level = struct.unpack_from(">III", header, 84)
-    blocks = settings.group_size // block_size
     if header[:4] != b"XAGF" or not 0 < level <= 9 or limit > blocks:
         raise _bad_tree()
     saved = 0
-    for _ in range(limit + level):
+    for _ in range(min(limit, _MOST_LEAVES) + level):
         if block >= blocks:
             raise _bad_tree()
         data = read(start + block * block_size, block_size)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import shutil
 import stat
 import struct
 import threading
@@ -28,7 +27,7 @@ from tempfile import mkdtemp
 from typing import Protocol
 
 from remetal.errors import RefusedError, RemetalError
-from remetal.system.run import run
+from remetal.system.run import find_program, run
 from remetal.units import KIB, MIB
 
 
@@ -94,11 +93,11 @@ def shown_file(content: Content, *, workers: int = 4) -> Iterator[Path]:
     process dies, the kernel fails whatever still waits for an answer. Needs root. Raises RefusedError if this kernel
     has no FUSE.
     """
+    fd = _open_channel()
     folder = Path(mkdtemp(prefix="remetal-image-"))
     place = folder / "image"
-    place.touch(mode=0o600)
-    fd = _open_channel()
     try:
+        place.touch(mode=0o600)
         _mount(fd, place)
         answering = [threading.Thread(target=_answer, args=(fd, content), name="fuse") for _ in range(workers)]
         try:
@@ -126,7 +125,7 @@ def _open_channel() -> int:
         try:
             return os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
-            if attempt == 0 and error.errno in {errno.ENOENT, errno.ENODEV, errno.ENXIO} and shutil.which("modprobe"):
+            if attempt == 0 and error.errno in {errno.ENOENT, errno.ENODEV, errno.ENXIO} and find_program("modprobe"):
                 run(["modprobe", "fuse"], allowed=range(256))
                 continue
             raise RefusedError(

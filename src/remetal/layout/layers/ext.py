@@ -5,7 +5,7 @@ from __future__ import annotations
 from remetal.layout.layers.contract import Content
 from remetal.layout.making import describe_ext
 from remetal.layout.model import FileSystem
-from remetal.ondisk.ext import parse_ext
+from remetal.ondisk.ext import count_in_blocks, parse_ext
 from remetal.system.blockdev import Span, open_disk
 from remetal.system.loop import attach_loop, probe_written
 from remetal.system.run import run
@@ -13,11 +13,14 @@ from remetal.units import align_down
 
 TYPES: tuple[str, ...] = ("ext2", "ext3", "ext4")
 PROGRAMS: tuple[str, ...] = ("e2fsck", "resize2fs")
+_LARGE_SECTOR = 4096
 
 
 def probe_volume(content: Content) -> FileSystem:
-    """Describe the file system from its superblock."""
+    """Describe the file system from its superblock, and how large its files are on a disk of large sectors."""
     found = parse_ext(content.read, content.span.size)
+    small = found.block_size < _LARGE_SECTOR
+    in_pages = count_in_blocks(content.read, content.span.size, _LARGE_SECTOR) if small else 0
     return FileSystem(
         on=content.space,
         type=content.type,
@@ -27,7 +30,7 @@ def probe_volume(content: Content) -> FileSystem:
         uuid=found.uuid,
         label=found.label,
         features=found.features,
-        making=describe_ext(found.settings),
+        making=describe_ext(found.settings, in_pages),
     )
 
 

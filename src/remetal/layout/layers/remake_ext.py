@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from remetal.layout.layers.remaking import (
+    NEVER,
     NEW_INODES,
     UNKNOWN,
     Plan,
@@ -58,7 +59,8 @@ def plan_remake(volume: FileSystem, making: Making | None, space: int, sector: i
     data = _count_data(volume, making, block)
     least = making.inodes_used + making.inodes_used // 16 + 64
     shape = _Shape(volume, making, block)
-    needed = least_size(data, lambda size: shape.overhead(size, least), block)
+    # mke2fs makes no journal that would take more than half of what is free.
+    needed = least_size(0, lambda size: shape.overhead(size, least) + max(data, shape.journal(size)), block)
     usual = making.inodes * space // volume.size
     inodes = usual if usual > least and data + shape.overhead(space, usual) <= space else least
     size = align_down(space, block)
@@ -95,8 +97,11 @@ def _find_refusal(volume: FileSystem, making: ExtMaking) -> str:
 def _count_data(volume: FileSystem, making: ExtMaking, block: int) -> int:
     """Return the bytes that everything but the fixed structures may take up in blocks of this size."""
     data = max(volume.used - making.inodes * making.inode_size - making.journal, 0)
+    if block > volume.block_size:
+        # A file with many small holes may need a large block for each of its small ones.
+        data = min(making.in_pages or NEVER, data // volume.block_size * block)
     grown = data + folder_growth(data, making.inodes_used) + _LOST_AND_FOUND
-    if block > volume.block_size or "inline_data" in volume.features:
+    if "inline_data" in volume.features:
         grown += making.inodes_used * block
     if "extent" in volume.features:
         return grown + data // (volume.block_size // _MAP_ENTRY - 2)

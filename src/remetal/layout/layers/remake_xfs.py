@@ -67,9 +67,9 @@ def plan_remake(volume: FileSystem, making: Making | None, space: int, sector: i
 
 def _count_data(volume: FileSystem, making: XfsMaking, block: int) -> int:
     """Return the bytes that everything but the fixed structures may take up in blocks of this size."""
-    data = max(volume.used - making.log, 0) + making.shared
-    grown = data + folder_growth(data, making.inodes_used) + data // (block // _EXTENT // 2 - 4)
-    return grown + (making.inodes_used * block if block > volume.block_size else 0)
+    # A file with many small holes may need a large block for each of its small ones.
+    data = (max(volume.used - making.log, 0) + making.shared) * block // volume.block_size
+    return data + folder_growth(data, making.inodes_used) + data // (block // _EXTENT // 2 - 4)
 
 
 class _Shape:

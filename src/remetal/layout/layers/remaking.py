@@ -39,7 +39,7 @@ UNKNOWN = "the snapshot does not tell how it was made: back it up again with thi
 NEW_INODES = "inode numbers and the times of the last change (ctime) are new"
 
 _ROUNDS = 500
-_NEVER = 1 << 63
+NEVER = 1 << 63
 """Where the overhead grows as fast as the size: no disk is large enough."""
 
 _BLOCKS = frozenset(1 << bit for bit in range(9, 26))
@@ -63,7 +63,7 @@ def least_size(data: int, overhead: Callable[[int], int], step: int) -> int:
         if needed <= size:
             return size
         size = needed
-    return _NEVER
+    return NEVER
 
 
 def folder_growth(data: int, inodes: int) -> int:
