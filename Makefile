@@ -41,8 +41,8 @@ test: lint ## lint and every test ring, a full BIOS and a full UEFI recovery inc
 test-storage: setup ## every storage stack on every target (an hour); writes docs/reference/storage.md
 	@$(SUDO) $(BIN)/python -m lab.stacks
 
-matrix: setup ## the combinations that make test leaves out (the medium on every firmware and bus)
-	@$(SUDO) $(BIN)/pytest -m "matrix and not storage"
+matrix: setup ## the combinations that make test leaves out, but for those of test-storage
+	@$(SUDO) $(BIN)/pytest -m matrix --deselect tests/storage/test_stacks.py::test_stack
 
 bench: setup ## capture and restore beside their peers, in one run
 	@$(SUDO) $(BIN)/python -m bench

@@ -14,7 +14,7 @@ from lab.stacks.model import Facts, Layer, Space
 MISSING = "missing"
 """The member that a degraded array lacks."""
 
-_PATIENCE = 60.0
+_PATIENCE = 120.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Array(Layer):
             if member != MISSING:
                 machine.run("mdadm", "--examine", machine.path(member))
         yield "mdadm --examine"
-        machine.run("mdadm", "--wait", self._device, allowed=(0, 1))
+        self._wait_until_idle(machine)
         state = self._detail(machine).get("State", "")
         if not state.startswith(("clean", "active")) or ("degraded" in state) != (MISSING in self.members):
             raise LabFailedError(f"{self._device} is {state}:\n{machine.run('mdadm', '--detail', self._device)}")
@@ -76,14 +76,20 @@ class Array(Layer):
         """Let the kernel read every stripe and count what does not fit (Documentation/admin-guide/md.rst)."""
         folder = Path("/sys/block", self._device.resolve().name, "md")
         (folder / "sync_action").write_text("check")
-        end = time.monotonic() + _PATIENCE
-        while (folder / "sync_action").read_text().strip() != "idle":
-            if time.monotonic() > end:
-                raise LabFailedError(f"the check of {self._device} does not end")
-            time.sleep(0.05)
+        self._wait_until_idle(machine)
         mismatches = (folder / "mismatch_cnt").read_text().strip()
         if mismatches != "0":
             raise LabFailedError(f"{self._device} has {mismatches} sectors that differ between its members")
+
+    def _wait_until_idle(self, machine: Machine) -> None:
+        """Wait for what the kernel does to the array's redundancy: it rebuilds, resynchronises or checks."""
+        folder = Path("/sys/block", self._device.resolve().name, "md")
+        end = time.monotonic() + _PATIENCE
+        while self.level not in {"0", "linear"} and (folder / "sync_action").read_text().strip() != "idle":
+            if time.monotonic() > end:
+                said = f"{machine.run('mdadm', '--detail', self._device)}\n{Path('/proc/mdstat').read_text()}"
+                raise LabFailedError(f"the array {self._device} does not come to rest:\n{said}")
+            time.sleep(0.05)
 
     def _detail(self, machine: Machine) -> dict[str, str]:
         lines = machine.run("mdadm", "--detail", self._device).splitlines()

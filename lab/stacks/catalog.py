@@ -198,6 +198,7 @@ _FILE_SYSTEMS = (
             FileSystem("a:3", "ntfs", "Windows"),
             FileSystem("a:4", "ntfs", "Recovery"),
         ),
+        refusals={SECTORS: "cannot be made anew"},
     ),
     Stack(
         "foreign",
@@ -209,6 +210,7 @@ _FILE_SYSTEMS = (
             FileSystem("a:2", "ntfs", "Windows"),
             FileSystem("a:3", "f2fs", "flash"),
         ),
+        refusals={SECTORS: "cannot be made anew"},
         quick=SAME,
         grows=("a:3",),
     ),

@@ -106,7 +106,9 @@ def _ext_facts(machine: Machine, device: Path) -> dict[str, str]:
 
 
 def _xfs_facts(machine: Machine, device: Path) -> dict[str, str]:
-    return {"version": machine.run("xfs_db", "-r", "-c", "version", device).strip()}
+    """Return the features, but for the one that says that sectors are larger than 512 bytes."""
+    words = machine.run("xfs_db", "-r", "-c", "version", device).strip().partition("= ")[2].split(",")
+    return {"features": ",".join(word for word in words if word != "SECTOR")}
 
 
 def _plain_manifest(folder: Path) -> Manifest:

@@ -7,8 +7,8 @@ if nothing but swap follows, which then moves to the end; in a volume group, the
 is handed through. `--grow` names the volumes that may grow instead, `--keep-sizes` none.
 
 The rule for what a smaller target lacks: first, partitions give what their contents do not reach; then, those whose
-file systems can be made anew by copying files give what these files do not need, in both cases the one that can give
-most first; what lies behind moves forward.
+file systems can be made anew by copying files give what these files do not need, and swap up to half of itself; in
+both cases the one that can give most first. What lies behind moves forward.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ from remetal.units import MIB, align_down, align_up, format_bytes
 
 GROWTH_STEP = MIB
 """Partitions grow, shrink and move by multiples of this, so that alignments stay as they were."""
+
+_LEAST_SWAP_PAGES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,10 @@ class _Fitter:
                 return self._fit_container(layer)
             case FileSystem():
                 return self._fit_file_system(layer)
+            case Swap():
+                size = min(layer.size, max(self.rooms[layer.on], _least_swap(layer)))
+                self._check_room(layer.on, size)
+                return msgspec.structs.replace(layer, size=align_down(size, layer.page_size))
             case _:
                 self._check_room(layer.on, layer.size)
                 return layer
@@ -353,6 +359,8 @@ class _Fitter:
                 return next(part.size for part in parts if part.space == space)
             case FileSystem():
                 return self._needs_remade(layer) if remade else layer.size
+            case Swap():
+                return _least_swap(layer) if remade else layer.size
             case MdArray() | VolumeGroup() | Luks():
                 inner = {name: self._needs(name, remade=remade) for name in device_names(layer)}
                 return min(size, container_kind(layer).least_space(layer, space, size, inner))
@@ -388,6 +396,11 @@ class _Fitter:
             if self._can_grow(f"{table.on}:{plain[index].number}", room):
                 return index
         return None
+
+
+def _least_swap(swap: Swap) -> int:
+    """Return the bytes that a swap space is left with at least: half, or what mkswap(8) takes."""
+    return min(swap.size, max(align_up(swap.size // 2, swap.page_size), _LEAST_SWAP_PAGES * swap.page_size))
 
 
 def _too_small(what: str, needed: int, there: int) -> RefusedError:

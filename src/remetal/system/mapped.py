@@ -26,12 +26,15 @@ _OVERLAY = 256 * MIB
 
 
 def find_mapping(uuid: str) -> Path | None:
-    """Return the device-mapper device whose DM UUID is `uuid`, or begins with it if that ends with a dash; or None."""
-    for folder in _BLOCK.glob("dm-*"):
-        found = _text(folder / "dm/uuid")
-        if found == uuid or (uuid.endswith("-") and found.startswith(uuid)):
-            return Path("/dev", folder.name)
-    return None
+    """Return the device-mapper device whose DM UUID is `uuid`, or None."""
+    return next((device for device in find_mappings(uuid) if _text(_BLOCK / device.name / "dm/uuid") == uuid), None)
+
+
+def find_mappings(prefix: str) -> Iterator[Path]:
+    """Yield the device-mapper devices whose DM UUIDs begin with `prefix`."""
+    for folder in sorted(_BLOCK.glob("dm-*")):
+        if _text(folder / "dm/uuid").startswith(prefix):
+            yield Path("/dev", folder.name)
 
 
 def find_arrays() -> Iterator[Path]:
@@ -74,6 +77,11 @@ def overlaid_device(device: Path) -> Iterator[Path]:
                 yield Path("/dev/mapper", name).resolve()
             finally:
                 run(["dmsetup", "remove", "--retry", name])
+
+
+def is_started(array: Path) -> bool:
+    """Whether an MD array runs, or is still being put together and holds its members for nobody (md.rst)."""
+    return _text(_BLOCK / array.name / "md/array_state") not in {"", "clear", "inactive"}
 
 
 def is_left_behind(device: Path) -> bool:

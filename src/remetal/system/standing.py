@@ -27,6 +27,20 @@ def stands_on(device: Path, spans: Collection[Span]) -> bool:
     return bool(below) and all(_stands(name, places) for name in below)
 
 
+def is_made_of(device: Path, disks: Collection[Path]) -> bool:
+    """Whether an array or a mapping lies on these disks, disk files or open devices, and on nothing else."""
+    return _lies_on(device.resolve().name, {_place_of_path(disk)[:2] for disk in disks})
+
+
+def _lies_on(name: str, owners: Collection[tuple[int, int]]) -> bool:
+    if _place_of_device(name)[:2] in owners:
+        return True
+    below = list(_below(name))
+    if not below:
+        return name.startswith("dm-")  # a mapping to nothing: zeros, errors
+    return all(_lies_on(each, owners) for each in below)
+
+
 def find_mapping_on(uuid: str, spans: Collection[Span]) -> Path | None:
     """Return the device-mapper device on these spans whose DM UUID is `uuid`, or begins with it if it ends with a dash.
 

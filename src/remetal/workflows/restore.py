@@ -22,7 +22,7 @@ from remetal.events import Note, Report, Step, silent
 from remetal.image.copy import restore_files
 from remetal.image.move import move_btrfs
 from remetal.image.restore import Written, read_image, restore_image, verify_image
-from remetal.layout.apply import Site, apply_step, need_step_programs, opened_site
+from remetal.layout.apply import Site, apply_step, need_no_twins, need_step_programs, opened_site
 from remetal.layout.disks import find_disks
 from remetal.layout.inventory import probe_inventory
 from remetal.layout.keys import Key
@@ -159,6 +159,7 @@ def prepared_restore(
         )
         if request.onto is None:
             need_step_programs(plan.steps)
+            need_no_twins(plan.steps, [Path(target.path) for target in targets.values()])
         keys: tuple[Key, ...] = ()
         if key is not None:
             wanted = {step.image for step in plan.steps if isinstance(step, (WriteImage, CopyFiles))}

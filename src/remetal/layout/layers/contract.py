@@ -136,6 +136,12 @@ class ContainerKind(GroupKind, Protocol[ContainerT]):
         member. Raises CannotOpenError.
         """
 
+    def find_running(self, layer: ContainerT) -> tuple[Path, ...]:
+        """Return the open devices of a container of this identity, whatever disks it is on.
+
+        Empty for kinds of which several of one identity may be open beside each other.
+        """
+
     def is_made(self, layer: ContainerT, members: Mapping[SpaceId, Span]) -> bool:
         """Whether this very container stands on its members, as it should be, so that it need only be opened."""
 

@@ -22,11 +22,13 @@ from remetal.system.mapped import (
     claimed_device,
     drop_mapping,
     find_mapping,
+    find_mappings,
     is_left_behind,
     mapping_name,
     overlaid_device,
 )
 from remetal.system.run import ProgramFailedError, ProgramMissingError, run
+from remetal.system.standing import is_made_of
 from remetal.units import MIB
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "TYPES",
     "apply_container",
     "extensible_devices",
+    "find_running",
     "is_made",
     "least_space",
     "open_container",
@@ -66,6 +69,7 @@ def probe_groups(members: Sequence[Content]) -> list[Found]:
     """Sort the physical volumes by their group, and describe each group that is whole."""
     found: list[Found] = []
     labels: dict[str, _Labelled] = {}
+    copies: dict[str, list[SpaceId]] = {}
     texts: dict[str, str] = {}
     for member in members:
         try:
@@ -75,22 +79,30 @@ def probe_groups(members: Sequence[Content]) -> list[Found]:
         except BadStructureError as error:
             found.append(Found((member.space,), problem=f"{member.space} (LVM) is captured whole: {error.message}"))
             continue
-        if label.uuid in labels:
-            found.append(
-                Found(
-                    (member.space,),
-                    problem=f"{member.space} has the same LVM identity as {labels[label.uuid][0].space}",
-                    hint="Is one a copy of the other? Back up one of them only, with --disk.",
-                    lacks_members=True,
-                )
-            )
-            continue
-        labels[label.uuid] = (member, label)
+        copies.setdefault(label.uuid, []).append(member.space)
+        labels.setdefault(label.uuid, (member, label))
         if text and group and _is_newer(group, texts.get(group.uuid)):
             texts[group.uuid] = text
+    doubled = {uuid: spaces for uuid, spaces in copies.items() if len(spaces) > 1}
     groups = [(ondisk.parse_volume_group(text), text) for text in texts.values()]
     names = [group.name for group, _ in groups]
-    return [*found, *(_describe(group, text, labels, names.count(group.name) > 1) for group, text in groups)]
+    for group, text in groups:
+        if any(pv.uuid in doubled for pv in group.pvs):
+            found.append(_describe_copies(group, copies))
+        else:
+            found.append(_describe(group, text, labels, names.count(group.name) > 1))
+    return found
+
+
+def _describe_copies(group: ondisk.VolumeGroup, copies: Mapping[str, Sequence[SpaceId]]) -> Found:
+    spaces = tuple(space for pv in group.pvs for space in copies.get(pv.uuid, ()))
+    same = next(copies[pv.uuid] for pv in group.pvs if len(copies.get(pv.uuid, ())) > 1)
+    return Found(
+        spaces,
+        problem=f"{' and '.join(same)} have the same LVM identity, as copies do (volume group {group.name})",
+        hint="Back up one of them only, with --disk.",
+        lacks_members=True,
+    )
 
 
 def _is_newer(group: ondisk.VolumeGroup, known: str | None) -> bool:
@@ -180,6 +192,8 @@ def open_container(
 
     Where it is writable, thin snapshots may be missing: `taken_snapshot` makes them.
     """
+    if any(not is_made_of(device, [span.path for span in members.values()]) for device in find_running(layer)):
+        raise CannotOpenError(f"a volume group {layer.name} with the same UUID is active here, on other disks")
     known = _find_devices(layer)
     whole = len(known) == sum(each.captured for each in layer.volumes)
     if whole and not any(map(is_left_behind, known.values())):
@@ -236,6 +250,11 @@ def _find_devices(layer: VolumeGroup) -> dict[SpaceId, Path]:
         if path is not None:
             found[f"{layer.name}/{volume.name}"] = path
     return found
+
+
+def find_running(layer: VolumeGroup) -> tuple[Path, ...]:
+    """Return the active devices of the group, hidden ones included: the kernel has no two of one UUID."""
+    return tuple(find_mappings(_mapping_of(layer, "")))
 
 
 def _mapping_of(layer: VolumeGroup, uuid: str) -> str:

@@ -16,7 +16,7 @@ from remetal.ondisk.md import MdSuperblock, array_size, layout_name, level_name,
 from remetal.ondisk.regions import BadStructureError
 from remetal.system.blockdev import Span, open_disk, probe_geometry
 from remetal.system.loop import attach_loop, probe_written
-from remetal.system.mapped import claimed_device, drop_mapping, find_arrays, is_left_behind, stop_array
+from remetal.system.mapped import claimed_device, drop_mapping, find_arrays, is_left_behind, is_started, stop_array
 from remetal.system.run import Argv, ProgramFailedError, ProgramMissingError, run
 from remetal.system.standing import stands_on
 from remetal.units import KIB
@@ -27,6 +27,7 @@ __all__ = [
     "apply_container",
     "create_argv",
     "extensible_devices",
+    "find_running",
     "is_made",
     "least_space",
     "open_container",
@@ -38,6 +39,7 @@ TYPES: tuple[str, ...] = ("linux_raid_member",)
 PROGRAMS: tuple[str, ...] = ("mdadm", "wipefs")
 
 SECTOR = 512
+_TRIES = 5
 
 
 def probe_groups(members: Sequence[Content]) -> list[Found]:
@@ -161,7 +163,7 @@ def open_container(
 ) -> Iterator[Mapping[SpaceId, Path]]:
     """Use the array if it runs already, else assemble it under a name of our own, read-only unless `writable`."""
     known = _find_array(layer, members.values())
-    if known is not None and not is_left_behind(known):
+    if known is not None and is_started(known) and not is_left_behind(known):
         yield {layer.device: known}
         return
     with ExitStack() as stack:
@@ -194,8 +196,20 @@ def _assemble(
 
 
 def _start(layer: MdArray, argv: Argv, members: Mapping[SpaceId, Span]) -> Path:
-    """Run what starts an array, and return its device; mdadm makes the node itself, without waiting for udev."""
-    run(argv, env={"MDADM_NO_UDEV": "1"})
+    """Run what starts an array, and return its device; mdadm makes the node itself, without waiting for udev.
+
+    Where udev was quicker, and began to assemble what lies on the members, that is taken down first.
+    """
+    for attempt in range(_TRIES):
+        try:
+            run(argv, env={"MDADM_NO_UDEV": "1"})
+        except ProgramFailedError:
+            hindering = _find_array(layer, members.values())
+            if hindering is None or attempt == _TRIES - 1:
+                raise
+            drop_mapping(hindering)
+        else:
+            break
     array = _find_array(layer, members.values())
     for link in Path("/dev/md").glob("remetal-*"):
         link.unlink(missing_ok=True)  # nobody needs the name, and mdadm would leave it behind
@@ -228,11 +242,13 @@ def _own_name(layer: MdArray) -> Path:
 
 def _find_array(layer: MdArray, spans: Collection[Span]) -> Path | None:
     """Return the running array of this UUID on these members; the disks that it was copied from may be here, too."""
-    for array in find_arrays():
-        said = run(["mdadm", "--detail", "--export", array], allowed=range(256)).text
-        if f"MD_UUID={layer.uuid}" in said.splitlines() and stands_on(array, spans):
-            return array
-    return None
+    return next((array for array in find_running(layer) if stands_on(array, spans)), None)
+
+
+def find_running(layer: MdArray) -> tuple[Path, ...]:
+    """Return the running arrays of this UUID: mdadm assembles no second one."""
+    said = {array: run(["mdadm", "--detail", "--export", array], allowed=range(256)).text for array in find_arrays()}
+    return tuple(array for array, text in said.items() if f"MD_UUID={layer.uuid}" in text.splitlines())
 
 
 def is_made(layer: MdArray, members: Mapping[SpaceId, Span]) -> bool:
