@@ -1,4 +1,4 @@
-"""Damaged partition tables on a disk, and layout records that somebody with a machine's keys has tampered with."""
+"""Damaged partition tables on a disk, and layout records that somebody with a machine's keys has made up."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ HOSTILE: Mapping[str, Callable[[Any], None]] = {
 }
 
 
-def test_hostile_layouts_are_damage_and_no_target_is_touched(site: Site, tmp_path: Path) -> None:
+def test_hostile_layouts_are_refused_and_no_target_is_touched(site: Site, tmp_path: Path) -> None:
     target = tmp_path / "target.img"
     target.write_bytes(os.urandom(SIZE))
     before = hash_file(target)
@@ -178,11 +178,11 @@ def test_hostile_layouts_are_damage_and_no_target_is_touched(site: Site, tmp_pat
         record = json.loads(encode_layout(sample()))
         change(record)
         commit(site, json.dumps(record).encode())
-        told = site.remetal("plan", *words, code=5)
+        told = site.remetal("plan", *words, code=3)
         assert "layout record" in told.err, name
         assert "another snapshot" in told.err, name
-        site.remetal("restore", *words, "--yes", code=5)
-        site.remetal("show", "latest", code=5)
+        site.remetal("restore", *words, "--yes", code=3)
+        site.remetal("show", "latest", code=3)
         assert hash_file(target) == before, name
     assert not (tmp_path / "etc").exists()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -555,6 +556,7 @@ def clean_up() -> None:
         for argv in (["dmsetup", "remove_all", "--force"], ["mdadm", "--stop", "--scan"], ["losetup", "-D"]):
             subprocess.run(argv, capture_output=True, check=False)
         subprocess.run(["udevadm", "settle", "--timeout=5"], check=False)
+    shutil.rmtree("/dev/labvg", ignore_errors=True)
 
 
 def main(name: str) -> None:

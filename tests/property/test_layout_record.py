@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from remetal.errors import DamagedError, RefusedError
+from remetal.errors import RefusedError
 from remetal.layout.making import ExtMaking
 from remetal.layout.model import (
     ArrayMember,
@@ -34,7 +34,7 @@ from remetal.layout.model import (
     VolumeGroup,
 )
 from remetal.layout.plan import ImageFacts, PlanOptions, Target, plan_restore
-from remetal.layout.record import check_layout, decode_layout, encode_layout
+from remetal.layout.record import ImpossibleLayoutError, check_layout, decode_layout, encode_layout
 
 MIB = 1 << 20
 LINUX = "0FC63DAF-8483-4772-8E79-3D69D8477DE4"
@@ -639,7 +639,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_record(name: str) -> None:
     assert decode_layout(tampered(lambda record: None)) == sample()
-    with pytest.raises(DamagedError) as caught:
+    with pytest.raises(ImpossibleLayoutError) as caught:
         decode_layout(tampered(HOSTILE[name]))
     assert caught.value.hint
     assert "\x1b" not in caught.value.message
@@ -647,7 +647,7 @@ def test_hostile_record(name: str) -> None:
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"disks":1}'])
 def test_no_record_at_all(data: bytes) -> None:
-    with pytest.raises(DamagedError):
+    with pytest.raises(ImpossibleLayoutError):
         decode_layout(data)
 
 
@@ -687,7 +687,7 @@ def test_whatever_is_accepted_can_be_planned_or_is_refused(data: st.DataObject) 
         put(*path, data.draw(VALUES))(record)
     try:
         layout = decode_layout(json.dumps(record).encode())
-    except DamagedError:
+    except ImpossibleLayoutError:
         return
     images = images_of(layout)
     targets = {
@@ -761,7 +761,7 @@ HUGE = {
 def test_huge_records_are_refused_at_once(name: str) -> None:
     data = tampered(HUGE[name])
     began = time.process_time()
-    with pytest.raises(DamagedError):
+    with pytest.raises(ImpossibleLayoutError):
         decode_layout(data)
     assert time.process_time() - began < 1
 
@@ -796,7 +796,7 @@ def test_towers_of_layers_are_refused_at_once(shape: tuple[int, int]) -> None:
     """A walk through such a record would never end: every path from a volume to the disks is gone."""
     data = mirrors(*shape)
     began = time.process_time()
-    with pytest.raises(DamagedError, match=r"more layers|impossible|overlap"):
+    with pytest.raises(ImpossibleLayoutError, match=r"more layers|impossible|overlap"):
         decode_layout(data)
     assert time.process_time() - began < 1
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import event, given, reject, settings
 from hypothesis import strategies as st
 
-from remetal.errors import DamagedError, RefusedError
+from remetal.errors import RefusedError
 from remetal.layout.layers import encode_table
 from remetal.layout.model import (
     BIOS_BOOT,
@@ -34,7 +34,7 @@ from remetal.layout.model import (
     table_end,
 )
 from remetal.layout.plan import ImageFacts, Plan, PlanOptions, Target, plan_restore
-from remetal.layout.record import check_layout, decode_layout, encode_layout
+from remetal.layout.record import ImpossibleLayoutError, check_layout, decode_layout, encode_layout
 from remetal.layout.steps import (
     ClearRange,
     ClearSignatures,
@@ -135,7 +135,7 @@ def layouts(draw: st.DrawFn) -> Layout:
     layout = Layout(disks=tuple(disks), layers=tuple(layers))
     try:
         check_layout(layout)
-    except DamagedError:
+    except ImpossibleLayoutError:
         reject()  # logical partitions were drawn on top of the first record
     return layout
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from random import Random
 
 from lab.manifest import Manifest, compare_manifests, take_manifest
-from remetal.events import Event
-from remetal.image.extents import Extent, probe_used
+from remetal.events import Event, Report
+from remetal.image.extents import Extent, probe_used, probe_used_spanning
 from remetal.layout.layers import GROWING
 from remetal.layout.layers.contract import Content
 from remetal.layout.model import FileSystem
@@ -113,6 +113,16 @@ def _make_f2fs(chance: Random) -> list[str]:
     return ["mkfs.f2fs", "-q", "-l", "aged", *(["-O", ",".join(chosen)] if chosen else [])]
 
 
+def _make_btrfs(chance: Random) -> list[str]:
+    mixed = chance.random() < 0.3
+    node, sector = chance.choice(["4096", "16384"]), ["-s", "4096"]
+    profiles = [chance.choice(["single", "dup"])] * 2 if mixed else [chance.choice(["single", "dup"]) for _ in "md"]
+    words = ["-M"] if mixed else ["-n", node]
+    features = [each for each in ("^no-holes", "^extref", "^skinny-metadata") if chance.random() < 0.3]
+    chosen = ["-O", ",".join(features)] if features else []
+    return ["mkfs.btrfs", "-q", "-f", *sector, *words, "-m", profiles[0], "-d", profiles[1], *chosen]
+
+
 _EXT4 = ("^has_journal", "^64bit", "^flex_bg", "^metadata_csum", "inline_data", "sparse_super2", "^resize_inode")
 
 KINDS: dict[str, Kind] = {
@@ -153,6 +163,13 @@ KINDS: dict[str, Kind] = {
         rest=2 * MIB,  # it reads on in the table behind the last segment
         at_home=False,
     ),
+    "btrfs": Kind(
+        "btrfs",
+        _make_btrfs,
+        lambda chance: chance.randrange(240, 300) * MIB + chance.randrange(3) * 4096,
+        # It reads all trees, and compares all data with their checksums; partclone takes a superblock for a node.
+        (("btrfs", "check", "--check-data-csum"),),
+    ),
 }
 """By the names that the tests give them; one for each file system that has a map of used blocks."""
 
@@ -189,7 +206,7 @@ def prove(name: str, seed: int, folder: Path, *, oracle: bool = False, spoil: bo
     with attach_loop(place, writable=True) as device:
         before = _age(kind, device, chance)
     told: list[Event] = []
-    extents = probe_used(place, kind.type, report=told.append)
+    extents = _used(place, kind, told.append)
     assert not told, f"{name} {seed}: {told}"
     assert extents[0].start == 0
     assert extents != [Extent(0, size)], "there is no map to prove"
@@ -231,6 +248,12 @@ def prove_growth(name: str, seed: int, folder: Path, factor: float) -> None:
     assert not differences, f"{name} {seed}: {differences[:5]}"
     assert layer.apply_growth(place, after) == 0
     disk.unlink()
+
+
+def _used(place: Span, kind: Kind, report: Report) -> list[Extent]:
+    if kind.type == "btrfs":
+        return probe_used_spanning({1: place}, report=report)[1]
+    return probe_used(place, kind.type, report=report)
 
 
 def _make_garbage(path: Path, size: int, chance: Random) -> None:

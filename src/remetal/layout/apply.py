@@ -41,6 +41,7 @@ from remetal.layout.steps import (
 from remetal.ondisk.regions import Piece
 from remetal.system.blockdev import DiskIO, Span, is_block_device, open_disk, reread_partitions
 from remetal.system.loop import attach_loop, probe_written
+from remetal.system.mapped import is_left_behind
 from remetal.system.run import ProgramFailedError, need_programs, run
 from remetal.system.standing import is_made_of
 from remetal.system.udev import kept_from_udev
@@ -84,7 +85,7 @@ def need_no_twins(steps: Iterable[Step], targets: Sequence[Path]) -> None:
     """Raise RefusedError if a container to open has a twin at work on this machine, on disks that are no targets."""
     for container in (step.container for step in steps if isinstance(step, OpenContainer)):
         for device in container_kind(container).find_running(container):
-            if not is_made_of(device, targets):
+            if not is_left_behind(device) and not is_made_of(device, targets):
                 name = container.name if isinstance(container, VolumeGroup) else device_names(container)[0]
                 raise RefusedError(
                     f"{name} (UUID {container.uuid}) is open on this machine, as {device}, on disks that are not "

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import msgspec.structs
 
-from remetal.errors import DamagedError, RefusedError
+from remetal.errors import RefusedError
 from remetal.layout.layers import container_kind, md_sizes, plan_growth
 from remetal.layout.layers.remaking import Remake
 from remetal.layout.model import (
@@ -44,7 +44,7 @@ from remetal.layout.model import (
     spaces_of,
     table_end,
 )
-from remetal.layout.record import check_table
+from remetal.layout.record import ImpossibleLayoutError, check_table
 from remetal.layout.remake import plan_remake
 from remetal.ondisk.regions import BadStructureError
 from remetal.units import MIB, align_down, align_up, format_bytes
@@ -296,7 +296,7 @@ class _Fitter:
             fitted = self._grow_table(fitted, end)
         try:
             check_table(fitted, device)
-        except DamagedError as error:
+        except ImpossibleLayoutError as error:
             raise RefusedError(
                 f"the partitions of {table.on}, or the records between them, are too small or too close to one another "
                 f"for a disk with sectors of {device.logical_sector} bytes",

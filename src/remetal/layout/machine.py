@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec.structs
 
-from remetal.errors import DamagedError, UsageError
+from remetal.errors import UsageError
 from remetal.events import Report, silent
 from remetal.layout.disks import find_disks
 from remetal.layout.identity import find_kernel_name, find_own_name
@@ -20,7 +20,7 @@ from remetal.layout.matching import find_marks
 from remetal.layout.model import Layout
 from remetal.layout.plan import Target
 from remetal.layout.probe import probe_layout
-from remetal.layout.record import decode_layout
+from remetal.layout.record import ImpossibleLayoutError, decode_layout
 from remetal.layout.targets import describe_content, find_table, looks_blank
 
 
@@ -47,7 +47,7 @@ def read_machine(path: Path) -> Layout:
         raise UsageError(
             f"cannot read the record of a machine, {path}: {os.strerror(error.errno or 0)}", hint=_HOW
         ) from error
-    except DamagedError as error:
+    except ImpossibleLayoutError as error:
         raise UsageError(f"{path} is not the record of a machine: {error.message}", hint=_HOW) from error
 
 

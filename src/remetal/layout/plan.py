@@ -137,7 +137,7 @@ def plan_restore(
     `overwrite` holds the paths of targets that were named a second time: what is on them may be lost. It does not
     change the plan, only whether there is one.
 
-    Raises DamagedError for a hostile layout, UsageError if `targets` names a disk that it lacks, RefusedError,
+    Raises ImpossibleLayoutError for a hostile layout, UsageError if `targets` names a disk that it lacks, RefusedError,
     with all reasons and their numbers, if the restore is impossible or unsafe.
     """
     check_layout(layout)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec.structs
 
-from remetal.errors import DamagedError, RefusedError
+from remetal.errors import RefusedError
 from remetal.events import Note, Report, Warn, silent
 from remetal.layout.identity import probe_disk
 from remetal.layout.keys import Key
@@ -42,7 +42,7 @@ from remetal.layout.model import (
     is_extended,
 )
 from remetal.layout.opened import open_container
-from remetal.layout.record import check_layout, check_table
+from remetal.layout.record import ImpossibleLayoutError, check_layout, check_table
 from remetal.layout.signatures import Signature, probe_signature
 from remetal.layout.uses import is_same_disk
 from remetal.ondisk.regions import BadStructureError
@@ -193,7 +193,7 @@ class _Walk:
         try:
             check_layout(Layout(disks=tuple(self.disks), layers=(*self.layers, layer)))
             opened = self.stack.enter_context(open_container(layer, self._with(layer), self.devices, keys=keys))
-        except (CannotOpenError, DamagedError) as error:
+        except (CannotOpenError, ImpossibleLayoutError) as error:
             self.report(Warn(f"{error.message}; it is captured whole, as it is", hint=error.hint))
             for member in taken:
                 self.layers.append(Raw(on=member.space, size=member.span.size, type=member.type))
@@ -273,7 +273,7 @@ def _probe_table(io: DiskIO, device: Disk | Device) -> tuple[Disk | Device, Tabl
                     return fitted, *found
             except BadStructureError as error:
                 failure = failure or error
-            except DamagedError as error:
+            except ImpossibleLayoutError as error:
                 failure = failure or BadStructureError(f"its partition table is unusual: {error.message}")
         if failure is not None:
             raise failure

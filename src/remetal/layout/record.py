@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from remetal.errors import DamagedError
+from remetal.errors import RefusedError
 from remetal.layout.layers import SPANNING, lvm_extents, md_sizes
 from remetal.layout.making import is_possible_making
 from remetal.layout.model import (
@@ -84,7 +84,12 @@ _KEY_SLOTS = 32
 _POWERS = {1 << bit for bit in range(64)}
 _FEATURE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MAX_FEATURES = 256
-_TAMPERED = "The repository was damaged or tampered with; try another snapshot."
+_HINT = "Nothing was touched. Was it changed by hand, or by an attacker? Choose another snapshot."
+
+
+class ImpossibleLayoutError(RefusedError):
+    """A layout that no machine can have, or that would reach beyond what it describes: nothing is done with it."""
+
 
 _ENCODER = msgspec.json.Encoder(order="deterministic")
 _DECODER = msgspec.json.Decoder(Layout)
@@ -96,26 +101,26 @@ def encode_layout(layout: Layout) -> bytes:
 
 
 def decode_layout(data: bytes) -> Layout:
-    """Parse and check a stored layout. Raises DamagedError for anything that remetal would not have written."""
+    """Parse and check a stored layout. Raises ImpossibleLayoutError for what remetal would not have written."""
     if len(data) > MAX_RECORD:
-        raise _damaged(f"has {len(data)} bytes, which is more than any machine needs")
+        raise _impossible(f"has {len(data)} bytes, which is more than any machine needs")
     try:
         layout = _DECODER.decode(data)
     except msgspec.MsgspecError as error:
-        raise DamagedError(f"the layout record is not valid: {error}", hint=_TAMPERED) from error
+        raise ImpossibleLayoutError(f"the layout record is not valid: {error}", hint=_HINT) from error
     check_layout(layout)
     return layout
 
 
 def check_layout(layout: Layout) -> None:
-    """Raise DamagedError for hostile names or numbers: nothing in a checked layout can leave its place.
+    """Raise ImpossibleLayoutError for hostile names or numbers: nothing in a checked layout can leave its place.
 
     Layers come after those that they stand on, so none can stand on itself.
     """
     if layout.version != 1:
-        raise _damaged(f"is of version {layout.version}, which this remetal does not know")
+        raise _impossible(f"is of version {layout.version}, which this remetal does not know")
     if len(layout.disks) > MAX_DISKS or len(layout.layers) > MAX_LAYERS:
-        raise _damaged(f"has {len(layout.disks)} disks and {len(layout.layers)} layers")
+        raise _impossible(f"has {len(layout.disks)} disks and {len(layout.layers)} layers")
     _Checker(layout).check()
 
 
@@ -137,7 +142,7 @@ class _Checker:
             self._add_device(Device(name=disk.name, size=disk.size, logical_sector=disk.logical_sector), 1, 0)
         groups = [layer.name for layer in self.layout.layers if isinstance(layer, VolumeGroup)]
         if len(set(groups)) != len(groups):
-            raise _damaged("has two volume groups of one name")
+            raise _impossible("has two volume groups of one name")
         for layer in self.layout.layers:
             self._take_spaces(layer)
             match layer:
@@ -150,29 +155,29 @@ class _Checker:
 
     def _add_device(self, device: Device, paths: int, depth: int) -> None:
         if device.name in self.devices or device.name in self.spaces:
-            raise _damaged(f"has two devices named {device.name!r}")
+            raise _impossible(f"has two devices named {device.name!r}")
         self.devices[device.name] = device
         self.spaces[device.name] = (device, 0, device.size)
         self.paths[device.name] = (paths, depth)
         self.steps += paths
         if self.steps > MAX_PATHS or depth > MAX_DEPTH:
-            raise _damaged(f"stacks more layers up to {device.name!r} than any machine")
+            raise _impossible(f"stacks more layers up to {device.name!r} than any machine")
 
     def _take_spaces(self, layer: Layer) -> None:
         spaces = spaces_of(layer)
         for space in spaces:
             if space in self.taken:
-                raise _damaged(f"has two layers on {space!r}")
+                raise _impossible(f"has two layers on {space!r}")
             if space not in self.spaces:
-                raise _damaged(f"has a layer on {space!r}, which is nowhere")
+                raise _impossible(f"has a layer on {space!r}, which is nowhere")
             self.taken.add(space)
         if not spaces:
-            raise _damaged("has a layer that stands on nothing")
+            raise _impossible("has a layer that stands on nothing")
 
     def _check_table(self, table: Table) -> None:
         device = self.devices.get(table.on)
         if device is None:
-            raise _damaged(f"has a partition table on {table.on!r}, which is no disk")
+            raise _impossible(f"has a partition table on {table.on!r}, which is no disk")
         _check_table(table, device)
         for each in table.partitions:
             if not is_extended(table, each):
@@ -184,30 +189,30 @@ class _Checker:
         place = spaces_of(layer)[0]
         problem = _find_problem(layer, {space: self.spaces[space][2] for space in spaces_of(layer)})
         if problem:
-            raise _damaged(f"describes what stands on {place!r} in an impossible way: {problem}")
+            raise _impossible(f"describes what stands on {place!r} in an impossible way: {problem}")
         names = device_names(layer)
         if len(set(names)) != len(names):
-            raise _damaged(f"gives two volumes on {place!r} one name")
+            raise _impossible(f"gives two volumes on {place!r} one name")
         below = [self.paths[self.spaces[space][0].name] for space in spaces_of(layer)]
         paths, depth = sum(each for each, _ in below), max(each for _, each in below) + 1
         for device in provided(layer, self.devices):
             if not 0 < device.size < MAX_DISK or device.size % 512:
-                raise _damaged(f"gives {device.name!r} the impossible size {device.size}")
+                raise _impossible(f"gives {device.name!r} the impossible size {device.size}")
             self._add_device(device, paths, depth)
 
     def _check_volume(self, volume: Volume) -> None:
         if isinstance(volume, FileSystem) and volume.spaces[0] != volume.on:
-            raise _damaged(f"describes the devices of the volume on {volume.on!r} in an impossible way")
+            raise _impossible(f"describes the devices of the volume on {volume.on!r} in an impossible way")
         if volume.on not in spaces_of(volume):
-            raise _damaged(f"says of a volume that it is on {volume.on!r}, and that it is not")
+            raise _impossible(f"says of a volume that it is on {volume.on!r}, and that it is not")
         device, start, space = self.spaces[volume.on]
         if not isinstance(volume, FileSystem) or not volume.parts:
             if not 0 < volume.size <= space:
-                raise _damaged(f"has a volume of {volume.size} bytes on {volume.on!r}, which has {space}")
+                raise _impossible(f"has a volume of {volume.size} bytes on {volume.on!r}, which has {space}")
         elif not self._are_possible_parts(volume):
-            raise _damaged(f"describes the devices of the volume on {volume.on!r} in an impossible way")
+            raise _impossible(f"describes the devices of the volume on {volume.on!r} in an impossible way")
         if not _is_possible(volume) or start % device.logical_sector:
-            raise _damaged(f"describes the volume on {volume.on!r} in an impossible way")
+            raise _impossible(f"describes the volume on {volume.on!r} in an impossible way")
 
     def _are_possible_parts(self, volume: FileSystem) -> bool:
         numbers = {each.number for each in volume.parts}
@@ -325,10 +330,10 @@ def _is_label(text: str) -> bool:
 
 def _check_disk(disk: Disk) -> None:
     if not _NAME.fullmatch(disk.name) or ":" in disk.name:
-        raise _damaged(f"has a disk with the impossible name {disk.name!r}")
+        raise _impossible(f"has a disk with the impossible name {disk.name!r}")
     good_sector = disk.logical_sector in {512, 1024, 2048, 4096}
     if not good_sector or not 0 < disk.size < MAX_DISK or disk.size % disk.logical_sector:
-        raise _damaged(f"gives disk '{disk.name}' the impossible size {disk.size}")
+        raise _impossible(f"gives disk '{disk.name}' the impossible size {disk.size}")
 
 
 def _is_possible(volume: Volume) -> bool:
@@ -351,16 +356,16 @@ def _matches(pattern: re.Pattern[str], text: str) -> bool:
 
 
 def check_table(table: Table, device: Device) -> None:
-    """Raise DamagedError for a partition table that could not lie on this device as it says."""
+    """Raise ImpossibleLayoutError for a partition table that could not lie on this device as it says."""
     if not 0 < device.size < MAX_DISK:
-        raise _damaged(f"gives '{device.name}' the impossible size {device.size}")
+        raise _impossible(f"gives '{device.name}' the impossible size {device.size}")
     _check_table(table, device)
 
 
 def _check_table(table: Table, disk: Device) -> None:
     numbers = {partition.number for partition in table.partitions}
     if len(table.partitions) > MAX_PARTITIONS or len(numbers) != len(table.partitions):
-        raise _damaged(f"gives the partitions of '{disk.name}' impossible numbers")
+        raise _impossible(f"gives the partitions of '{disk.name}' impossible numbers")
     if isinstance(table, GptTable):
         _check_gpt(table, disk)
     else:
@@ -369,44 +374,44 @@ def _check_table(table: Table, disk: Device) -> None:
 
 def _check_gpt(table: GptTable, disk: Device) -> None:
     if not 1 <= table.entry_count <= MAX_PARTITIONS or len(table.protective_mbr) != 512:
-        raise _damaged(f"describes the partition table of '{disk.name}' in an impossible way")
+        raise _impossible(f"describes the partition table of '{disk.name}' in an impossible way")
     start, end = boot_area(table, disk.logical_sector)[0], table_end(table, disk)
     good = _matches(_GUID, table.disk_guid) and 0 <= table.first_usable <= end
     if not good or table.first_usable % disk.logical_sector or end <= start:
-        raise _damaged(f"describes the partition table of '{disk.name}' in an impossible way")
+        raise _impossible(f"describes the partition table of '{disk.name}' in an impossible way")
     for each in table.partitions:
         good = _matches(_GUID, each.type) and _matches(_GUID, each.uuid) and "\0" not in each.name
         good = good and len(each.name.encode("utf-16-le")) <= 72 and 0 <= each.attributes < 1 << 64
         if not good or not 1 <= each.number <= table.entry_count or each.record:
-            raise _damaged(f"describes partition {each.number} of '{disk.name}' in an impossible way")
+            raise _impossible(f"describes partition {each.number} of '{disk.name}' in an impossible way")
     _check_apart(table.partitions, disk, max(start, table.first_usable), end)
 
 
 def _check_mbr(table: MbrTable, disk: Device) -> None:
     if not _matches(_SIGNATURE, table.signature) or len(table.boot_code) != 440:
-        raise _damaged(f"describes the partition table of '{disk.name}' in an impossible way")
+        raise _impossible(f"describes the partition table of '{disk.name}' in an impossible way")
     for each in table.partitions:
         good = _matches(_HEX_BYTE, each.type) and each.type != "00" and 0 <= each.attributes < 256
         if not good or each.number < 1 or each.uuid or each.name or (each.record != 0) != (each.number > 4):
-            raise _damaged(f"describes partition {each.number} of '{disk.name}' in an impossible way")
+            raise _impossible(f"describes partition {each.number} of '{disk.name}' in an impossible way")
     primary = [each for each in table.partitions if each.number <= 4]
     logical = sorted((each for each in table.partitions if each.number > 4), key=lambda each: each.number)
     containers = [each for each in primary if is_extended(table, each)]
     _check_apart(primary, disk, disk.logical_sector, table_end(table, disk))
     if len(containers) > 1 or (logical and not containers):
-        raise _damaged(f"gives '{disk.name}' an impossible extended partition")
+        raise _impossible(f"gives '{disk.name}' an impossible extended partition")
     if logical:
         if [each.number for each in logical] != list(range(5, 5 + len(logical))):
-            raise _damaged(f"gives the partitions of '{disk.name}' impossible numbers")
+            raise _impossible(f"gives the partitions of '{disk.name}' impossible numbers")
         _check_logical(logical, disk, containers[0])
 
 
 def _check_logical(logical: list[Partition], disk: Device, container: Partition) -> None:
     places = [each.record for each in logical]
     if len(set(places)) != len(places) or container.start in places[1:]:
-        raise _damaged(f"gives two logical partitions of '{disk.name}' one record")
+        raise _impossible(f"gives two logical partitions of '{disk.name}' one record")
     if any(each.record > each.start or each.type in {"05", "0f", "85"} for each in logical):
-        raise _damaged(f"gives a logical partition of '{disk.name}' an impossible record")
+        raise _impossible(f"gives a logical partition of '{disk.name}' an impossible record")
     records = [
         Partition(number=0, start=place, size=disk.logical_sector, type="")
         for place in sorted({*places, container.start})
@@ -419,9 +424,9 @@ def _check_apart(partitions: Iterable[Partition], disk: Device, start: int, end:
     for each in sorted(partitions, key=lambda each: each.start):
         whole = each.start % disk.logical_sector == 0 and each.size % disk.logical_sector == 0
         if not whole or not free <= each.start < each.start + each.size <= end:
-            raise _damaged(f"lets partition {each.number} of '{disk.name}' overlap another or leave its space")
+            raise _impossible(f"lets partition {each.number} of '{disk.name}' overlap another or leave its space")
         free = each.start + each.size
 
 
-def _damaged(what: str) -> DamagedError:
-    return DamagedError(f"the layout record {what}", hint=_TAMPERED)
+def _impossible(what: str) -> ImpossibleLayoutError:
+    return ImpossibleLayoutError(f"the layout record {what}", hint=_HINT)

@@ -109,6 +109,15 @@ def drop_mapping(device: Path) -> None:
         stop_array(device)
 
 
+def drop_left_behind(device: Path) -> None:
+    """Take down what a killed run left: an array or a mapping, all on it, and the mappings that it alone stands on."""
+    below = [Path("/dev", each.name) for each in sorted((_BLOCK / device.name / "slaves").glob("*"))]
+    drop_mapping(device)
+    for each in below:
+        if mapping_name(each) and not list((_BLOCK / each.name / "holders").glob("*")):
+            drop_left_behind(each)
+
+
 def stop_array(array: Path) -> None:
     """Stop an MD array, with patience: udev may look at it for a moment. Raises ProgramFailedError if it is in use."""
     end = time.monotonic() + _PATIENCE

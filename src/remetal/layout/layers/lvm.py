@@ -20,7 +20,7 @@ from remetal.system.blockdev import Span, open_disk
 from remetal.system.loop import attach_loop, probe_written
 from remetal.system.mapped import (
     claimed_device,
-    drop_mapping,
+    drop_left_behind,
     find_mapping,
     find_mappings,
     is_left_behind,
@@ -192,16 +192,20 @@ def open_container(
 
     Where it is writable, thin snapshots may be missing: `taken_snapshot` makes them.
     """
+    try:
+        for device in filter(is_left_behind, find_running(layer)):
+            drop_left_behind(device)
+    except ProgramFailedError as error:
+        raise CannotOpenError(f"the volume group {layer.name} is in use by another remetal: {error.message}") from error
     if any(not is_made_of(device, [span.path for span in members.values()]) for device in find_running(layer)):
         raise CannotOpenError(f"a volume group {layer.name} with the same UUID is active here, on other disks")
     known = _find_devices(layer)
-    whole = len(known) == sum(each.captured for each in layer.volumes)
-    if whole and not any(map(is_left_behind, known.values())):
+    if len(known) == sum(each.captured for each in layer.volumes):
         yield known
         return
     with ExitStack() as stack:
         try:
-            found = _activate(layer, members, known, stack, writable)
+            found = _activate(layer, members, stack, writable)
         except (ProgramFailedError, ProgramMissingError) as error:
             raise CannotOpenError(
                 f"the volume group {layer.name} cannot be activated here: {error.message}", hint=error.hint
@@ -210,15 +214,9 @@ def open_container(
 
 
 def _activate(
-    layer: VolumeGroup,
-    members: Mapping[SpaceId, Span],
-    stale: Mapping[SpaceId, Path],
-    stack: ExitStack,
-    writable: bool,
+    layer: VolumeGroup, members: Mapping[SpaceId, Span], stack: ExitStack, writable: bool
 ) -> dict[SpaceId, Path]:
-    """Activate a group until the stack is closed, in place of what a killed run left; return its devices."""
-    for device in stale.values():
-        drop_mapping(device)
+    """Activate a group until the stack is closed; return its devices."""
     plain = all(each.kind in _PLAIN for each in layer.volumes)
     devices = [stack.enter_context(attach_loop(span, writable=writable)) for span in members.values()]
     if not writable and not plain:
