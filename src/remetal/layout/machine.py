@@ -14,7 +14,6 @@ import msgspec.structs
 from remetal.errors import UsageError
 from remetal.events import Report, silent
 from remetal.layout.disks import find_disks
-from remetal.layout.identity import find_kernel_name, find_own_name
 from remetal.layout.inventory import probe_inventory
 from remetal.layout.matching import find_marks
 from remetal.layout.model import Layout
@@ -31,8 +30,7 @@ def probe_machine(report: Report = silent) -> Layout:
     RefusedError if a disk cannot be opened.
     """
     paths = find_disks()
-    names = {path: find_own_name(find_kernel_name(path)) for path in paths}
-    layout = probe_layout(paths, names=names, report=report)
+    layout = probe_layout(paths, report=report)
     pairs = zip(layout.disks, paths, strict=True)
     blank = {layout.layer_on(disk.name) for disk, path in pairs if looks_blank(layout, disk.name, path)}
     layers = tuple(layer for layer in layout.layers if layer not in blank)

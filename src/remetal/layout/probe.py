@@ -19,7 +19,7 @@ import msgspec.structs
 
 from remetal.errors import RefusedError
 from remetal.events import Note, Report, Warn, silent
-from remetal.layout.identity import probe_disk
+from remetal.layout.identity import find_kernel_name, find_own_name, probe_disk
 from remetal.layout.keys import Key
 from remetal.layout.layers import GROUPS, TABLES, VOLUMES, foreign, probe_volume
 from remetal.layout.layers.contract import CannotOpenError, Content, Found
@@ -103,7 +103,7 @@ def name_disks(paths: Sequence[Path], names: Mapping[Path, str]) -> dict[Path, s
             )
     found: dict[Path, str] = {}
     for path in paths:
-        known = (path.resolve() if is_block_device(path) else path).name
+        known = find_own_name(find_kernel_name(path)) if is_block_device(path) else path.name
         plain = re.sub(r"[^A-Za-z0-9_.+@-]", "_", names.get(path, known))[:200].lstrip(".+@-") or "disk"
         name, count = plain, 1
         while name in found.values():
