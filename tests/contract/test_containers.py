@@ -21,7 +21,7 @@ from tests.real_disks import blank
 
 pytestmark = pytest.mark.storage
 
-_QUICK = {"raid1-1.2", "raid5-bitmap-degraded", "lvm-linear-on-two", "luks2"}
+_QUICK = {"raid5-bitmap-degraded", "lvm-linear-on-two", "luks2"}
 
 
 def _params() -> Iterator[object]:
