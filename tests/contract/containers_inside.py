@@ -189,6 +189,8 @@ SAMPLES: dict[str, Sample] = {
     "lvm-striped": lvm(2, ("-n", "one", "-l", "8", "-i", "2"), ("-n", "two", "-l", "2")),
     "lvm-two-copies": lvm(1, ("-n", "one", *_HALF), pv_options=("--pvmetadatacopies=2",)),
     "lvm-raid1": lvm(2, ("-n", "one", "--type=raid1", "-m", "1", "-l", "4")),
+    "lvm-raid5": lvm(3, ("-n", "one", "--type=raid5", "-i", "2", "-l", "8"), ("-n", "two", "-l", "2")),
+    "lvm-mirror": lvm(3, ("-n", "one", "--type=mirror", "-m", "1", "-l", "4", "--nosync")),
     "luks1": luks(1),
     "luks2": luks(2, "--sector-size=512", sector_size=512),
     "luks2-4096": luks(2, "--sector-size=4096", sector_size=4096),

@@ -1,8 +1,8 @@
 """Which extents of which physical volumes a volume group's volumes take on other disks. Pure.
 
 A group is carried by its own metadata. As long as no physical volume loses extents that are in use, everything stays in
-its place, and one linear volume may take what is gained. Otherwise the volumes are packed anew, one behind the other,
-and may become smaller; that is only done where all of them are linear.
+its place, and one volume may take what is gained. Otherwise linear volumes are packed anew, one behind the other, and
+may become smaller; where others are among them, all stay on their physical volumes (see `lvm_pressed`).
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from functools import lru_cache
 
 import msgspec.structs
 
-from remetal.layout.model import PhysicalVolume, SpaceId, VolumeGroup
+from remetal.layout.layers.lvm_pressed import least_extents, with_less
+from remetal.layout.layers.lvm_text import Stretch, joined, with_members, with_stretches
+from remetal.layout.layers.lvm_tracks import find_growth, find_tracks, with_growth
+from remetal.layout.model import LogicalVolume, PhysicalVolume, SpaceId, VolumeGroup
 from remetal.ondisk import lvm as ondisk
-from remetal.ondisk.lvm_config import Section, find_entry, format_config, replace_entry
+from remetal.ondisk.lvm_config import Section, format_config
 from remetal.ondisk.regions import BadStructureError
 from remetal.units import MIB, format_bytes
 
 MAX_METADATA = MIB
 """Characters. What `pvcreate` sets aside for the metadata holds them twice, and so about half of this."""
-
-_Stretch = tuple[str, int, int]
-"""A physical volume's name, its first extent, and the number of extents."""
 
 _parse = lru_cache(maxsize=8)(ondisk.parse_volume_group)
 
@@ -71,7 +71,7 @@ def _is_linear(group: ondisk.VolumeGroup, volume: ondisk.LogicalVolume) -> bool:
     )
 
 
-def _stretches(group: ondisk.VolumeGroup) -> Iterator[_Stretch]:
+def _stretches(group: ondisk.VolumeGroup) -> Iterator[Stretch]:
     """Yield what lies on physical volumes, of all volumes, hidden ones too."""
     names = {pv.id for pv in group.pvs}
     for volume in group.lvs:
@@ -93,9 +93,27 @@ def _find_shared(group: ondisk.VolumeGroup) -> bool:
 
 
 def extensible_devices(layer: VolumeGroup) -> tuple[SpaceId, ...]:
-    """Return the linear volumes, the largest first: they can take extents wherever these are."""
-    linear = [each for each in layer.volumes if each.kind == "linear" and each.captured]
-    return tuple(f"{layer.name}/{each.name}" for each in sorted(linear, key=lambda each: (-each.size, each.name)))
+    """Return the volumes that can take extents, the largest first.
+
+    A linear volume takes them wherever they are, one with several tracks where each of these can have as many.
+    """
+    group = _parse(layer.metadata)
+    able = [
+        each for each in layer.volumes if each.captured and (each.kind == "linear" or _has_tracks(group, each.name))
+    ]
+    return tuple(f"{layer.name}/{each.name}" for each in sorted(able, key=lambda each: (-each.size, each.name)))
+
+
+def _resizable(layer: VolumeGroup, group: ondisk.VolumeGroup) -> list[LogicalVolume]:
+    """Return the volumes that may become larger or smaller: linear ones, and those with tracks."""
+    return [
+        each for each in layer.volumes if each.captured and (each.kind == "linear" or _has_tracks(group, each.name))
+    ]
+
+
+def _has_tracks(group: ondisk.VolumeGroup, name: str) -> bool:
+    volume = ondisk.find_volume(group, name)
+    return volume is not None and find_tracks(group, volume) is not None
 
 
 def least_space(layer: VolumeGroup, space: SpaceId, size: int, needs: Mapping[SpaceId, int]) -> int:
@@ -106,8 +124,11 @@ def least_space(layer: VolumeGroup, space: SpaceId, size: int, needs: Mapping[Sp
     member = next(each for each in layer.members if each.space == space)
     group = _parse(layer.metadata)
     used = _used_extents(group).get(member.name, 0)
+    spare = _spare_extents(layer, group, needs)
     if len(layer.members) == 1 and _is_packable(group):
-        used = min(used, sum(_least_extents(layer, group, needs).values()))
+        used = min(used, sum(each.extents - spare[each.name] for each in group.lvs))
+    elif not _is_packable(group):
+        used = min(used, least_extents(group, member.name, spare))
     return size - (member.extents - used) * layer.extent_size
 
 
@@ -126,6 +147,7 @@ def plan_container(
     small = next((each for each in members if each.extents < 0), None)
     if small is not None:
         raise BadStructureError(f"the physical volume of {layer.name} on {small.space} has no room for its metadata")
+    config = with_members(group, members, gains)
     used = _used_extents(group)
     there = {each.name: each.extents for each in members}
     if all(there.get(name, 0) >= count for name, count in used.items()):
@@ -134,12 +156,9 @@ def plan_container(
             for old, new in zip(layer.members, members, strict=True)
             if new.extents > old.extents
         ]
-        sizes, segments = _extended(layer, group, wish, gained)
+        sizes, config = _extended(config, layer, group, wish, gained)
     else:
-        sizes, segments = _packed(layer, group, members, needs)
-    config = _with_members(group, members, gains)
-    for name, stretches in segments.items():
-        config = _with_segments(config, group, name, stretches)
+        sizes, config = _smaller(config, layer, group, members, needs)
     volumes = tuple(msgspec.structs.replace(each, size=sizes.get(each.name, each.size)) for each in layer.volumes)
     return msgspec.structs.replace(layer, members=members, volumes=volumes, metadata=format_config(config))
 
@@ -156,44 +175,67 @@ def _is_packable(group: ondisk.VolumeGroup) -> bool:
     return all(_is_linear(group, volume) for volume in group.lvs)
 
 
-def _least_extents(layer: VolumeGroup, group: ondisk.VolumeGroup, needs: Mapping[SpaceId, int]) -> dict[str, int]:
-    """Return the extents that each volume of a group needs at least, by name: hidden ones all of theirs."""
-    least = {each.name: each.extents for each in group.lvs}
-    for volume in layer.volumes:
+def _spare_extents(layer: VolumeGroup, group: ondisk.VolumeGroup, needs: Mapping[str, int]) -> dict[str, int]:
+    """Return the extents that each volume can do without, by name; hidden ones, pools and the like cannot."""
+    spare = dict.fromkeys((each.name for each in group.lvs), 0)
+    for volume in _resizable(layer, group):
         need = min(needs.get(f"{layer.name}/{volume.name}", volume.size), volume.size)
-        least[volume.name] = -(-need // layer.extent_size)
-    return least
+        spare[volume.name] = volume.size // layer.extent_size - max(-(-need // layer.extent_size), 1)
+    return spare
 
 
 def _extended(
-    layer: VolumeGroup, group: ondisk.VolumeGroup, wish: SpaceId, gained: Sequence[_Stretch]
-) -> tuple[dict[str, int], dict[str, list[_Stretch]]]:
-    """Return the new size and the extents of the volume that takes what is gained, if there is one."""
+    config: Section, layer: VolumeGroup, group: ondisk.VolumeGroup, wish: SpaceId, gained: Sequence[Stretch]
+) -> tuple[dict[str, int], Section]:
+    """Return the new size of the volume that takes what is gained, if there is one, and the metadata with it."""
     name = wish.removeprefix(f"{layer.name}/")
     volume = ondisk.find_volume(group, name) if wish else None
     if volume is None or not gained:
-        return {}, {}
-    own = [(*segment.stripes[0], segment.extents) for segment in volume.segments]
-    more = sum(count for _, _, count in gained)
-    return {name: volume.size + more * layer.extent_size}, {name: _joined([*own, *gained])}
+        return {}, config
+    tracks = find_tracks(group, volume)
+    if tracks is not None:
+        growth = find_growth(group, tracks, gained)
+        if not growth:
+            return {}, config
+        more = growth * tracks.data
+        config = with_growth(config, group, tracks, gained, growth)
+    else:
+        own = [(*segment.stripes[0], segment.extents) for segment in volume.segments]
+        more = sum(count for _, _, count in gained)
+        config = with_stretches(config, group, name, joined([*own, *gained]))
+    return {name: volume.size + more * layer.extent_size}, config
+
+
+def _smaller(
+    config: Section,
+    layer: VolumeGroup,
+    group: ondisk.VolumeGroup,
+    members: Sequence[PhysicalVolume],
+    needs: Mapping[str, int],
+) -> tuple[dict[str, int], Section]:
+    """Return the sizes of all volumes, and the metadata with them, where a physical volume loses what is in use."""
+    if _is_packable(group):
+        return _packed(config, layer, group, members, needs)
+    there = {each.name: each.extents for each in members}
+    if {pv.id for pv in group.pvs} - set(there):
+        raise BadStructureError(
+            f"the volume group {layer.name} has volumes that are not linear, and so needs all of its physical volumes"
+        )
+    counts, config = with_less(config, group, there, _spare_extents(layer, group, needs))
+    return {each.name: counts[each.name] * layer.extent_size for each in layer.volumes if each.name in counts}, config
 
 
 def _packed(
+    config: Section,
     layer: VolumeGroup,
     group: ondisk.VolumeGroup,
     members: Sequence[PhysicalVolume],
     needs: Mapping[SpaceId, int],
-) -> tuple[dict[str, int], dict[str, list[_Stretch]]]:
-    """Return the sizes and extents of all volumes, packed one behind the other."""
-    if not _is_packable(group):
-        raise BadStructureError(
-            f"the volume group {layer.name} has volumes that are not linear, and extents in use where there would be "
-            "none any more"
-        )
+) -> tuple[dict[str, int], Section]:
+    """Return the sizes of all volumes, and the metadata with them packed one behind the other."""
     there = sum(each.extents for each in members)
     counts = {each.name: each.extents for each in group.lvs}
-    least = _least_extents(layer, group, needs)
-    spare = {name: counts[name] - least[name] for name in counts}
+    spare = _spare_extents(layer, group, needs)
     short = sum(counts.values()) - there
     if short > sum(spare.values()):
         lack = (short - sum(spare.values())) * layer.extent_size
@@ -205,16 +247,17 @@ def _packed(
         counts[name] -= given
         short -= given
     free = _free_extents(members)
-    segments = {name: list(_take(free, count)) for name, count in counts.items()}
-    return {name: count * layer.extent_size for name, count in counts.items()}, segments
+    for name, count in counts.items():
+        config = with_stretches(config, group, name, list(_take(free, count)))
+    return {name: count * layer.extent_size for name, count in counts.items()}, config
 
 
-def _free_extents(members: Sequence[PhysicalVolume]) -> list[_Stretch]:
+def _free_extents(members: Sequence[PhysicalVolume]) -> list[Stretch]:
     """Return all extents, the last stretch first, for `_take` to take from the end of the list."""
     return [(each.name, 0, each.extents) for each in reversed(members) if each.extents > 0]
 
 
-def _take(free: list[_Stretch], count: int) -> Iterator[_Stretch]:
+def _take(free: list[Stretch], count: int) -> Iterator[Stretch]:
     """Yield stretches of `count` extents in all, and take them away from what is free."""
     while count > 0:
         name, first, there = free.pop()
@@ -223,53 +266,3 @@ def _take(free: list[_Stretch], count: int) -> Iterator[_Stretch]:
             free.append((name, first + taken, there - taken))
         count -= taken
         yield name, first, taken
-
-
-def _joined(stretches: Sequence[_Stretch]) -> list[_Stretch]:
-    """Return the stretches with those joined that follow one another."""
-    joined: list[_Stretch] = []
-    for name, first, count in stretches:
-        if joined and joined[-1][0] == name and joined[-1][1] + joined[-1][2] == first:
-            joined[-1] = (name, joined[-1][1], joined[-1][2] + count)
-        else:
-            joined.append((name, first, count))
-    return joined
-
-
-def _with_members(
-    group: ondisk.VolumeGroup, members: Sequence[PhysicalVolume], gains: Mapping[SpaceId, int]
-) -> Section:
-    """Return the metadata with these physical volumes and no others, in their new sizes."""
-    place = (group.name, "physical_volumes")
-    section = find_entry(group.config, *place)
-    assert isinstance(section, Section)
-    kept = {each.name for each in members}
-    config = replace_entry(
-        group.config, place, Section(tuple((name, entry) for name, entry in section.entries if name in kept))
-    )
-    for each in members:
-        size = find_entry(config, *place, each.name, "dev_size")
-        config = replace_entry(config, (*place, each.name, "pe_count"), each.extents)
-        if isinstance(size, int):
-            config = replace_entry(config, (*place, each.name, "dev_size"), max(size + gains[each.space] // 512, 0))
-    return config
-
-
-def _with_segments(config: Section, group: ondisk.VolumeGroup, name: str, stretches: Sequence[_Stretch]) -> Section:
-    """Return the metadata with a linear volume made of these stretches."""
-    place = (group.name, "logical_volumes", name)
-    volume = find_entry(config, *place)
-    assert isinstance(volume, Section)
-    kept = tuple((key, entry) for key, entry in volume.entries if not key.startswith("segment"))
-    start, segments = 0, []
-    for number, (pv, first, count) in enumerate(stretches, 1):
-        entries = (
-            ("start_extent", start),
-            ("extent_count", count),
-            ("type", "striped"),
-            ("stripe_count", 1),
-            ("stripes", (pv, first)),
-        )
-        segments.append((f"segment{number}", Section(entries)))
-        start += count
-    return replace_entry(config, place, Section((*kept, ("segment_count", len(segments)), *segments)))
