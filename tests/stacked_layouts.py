@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import msgspec.structs
 from hypothesis import strategies as st
 
-from remetal.layout.making import ExtMaking, FatMaking, Making, XfsMaking
+from remetal.layout.making import BtrfsMaking, ExtMaking, FatMaking, Making, XfsMaking
 from remetal.layout.model import (
     EFI_SYSTEM,
     ArrayMember,
@@ -235,13 +235,22 @@ class Builder:
 
     def btrfs(self, spaces: Sequence[Space]) -> FileSystem:
         parts = tuple(
-            Part(space=space.id, number=index + 1, size=align_down(space.size, 4096))
+            Part(space=space.id, number=index + 1, size=size, allocated=self.draw(st.sampled_from([size // 9, size])))
             for index, space in enumerate(spaces)
+            for size in [align_down(space.size, 4096)]
         )
+        chunks = ("data raid0", "metadata raid1", self.choose("system raid1", "system dup"))
         size = sum(each.size for each in parts)
         used = self.draw(st.integers(0, size))
         return FileSystem(
-            on=parts[0].space, type="btrfs", size=size, used=used, block_size=4096, uuid=FS_UUID, parts=parts
+            on=parts[0].space,
+            type="btrfs",
+            size=size,
+            used=used,
+            block_size=4096,
+            uuid=FS_UUID,
+            parts=parts,
+            making=self.draw(st.sampled_from([None, BtrfsMaking(chunks=chunks), BtrfsMaking(chunks=chunks)])),
         )
 
     def volume(self, space: Space) -> FileSystem | Swap | Raw:

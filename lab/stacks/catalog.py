@@ -234,11 +234,12 @@ _FILE_SYSTEMS = (
     ),
 )
 
+# A btrfs shrinks where one more chunk of each kind would fit, of which each takes a tenth of a small file system.
 _BTRFS = (
     Stack(
         "btrfs-single",
         "btrfs on a partition: subvolumes, snapshots, a default subvolume; metadata twice",
-        _disks(1, 320),
+        _disks(1, 1280),
         (_gpt("a", "size=40MiB, type=uefi", "type=linux"), FileSystem("a:1", "vfat", "ESP"), Btrfs(("a:2",), "root")),
         grows=("a:2",),
         quick=LARGER,
@@ -246,48 +247,48 @@ _BTRFS = (
     Stack(
         "btrfs-dup",
         "btrfs on the bare disk, data and metadata twice, checksums by xxhash",
-        _disks(1, 320),
+        _disks(1, 4096),
         (Btrfs(("a",), "whole", "dup", "dup", ("--csum=xxhash",)),),
         grows=("a",),
     ),
-    Stack("btrfs-raid0", "btrfs RAID0 on two disks", _disks(2, 256), (Btrfs(("a", "b"), "zero", "raid0", "raid1"),)),
+    Stack("btrfs-raid0", "btrfs RAID0 on two disks", _disks(2, 1024), (Btrfs(("a", "b"), "zero", "raid0", "raid1"),)),
     Stack(
         "btrfs-raid1",
         "btrfs RAID1 on partitions of two disks",
-        _disks(2, 320),
+        _disks(2, 1280),
         (_one("a"), _one("b"), Btrfs(("a:1", "b:1"), "one", "raid1", "raid1")),
         grows=("a:1",),
         quick=SAME,
-        more=(Variant("swapped disks", _disks(2, 320), order=(1, 0)),),
+        more=(Variant("swapped disks", _disks(2, 1280), order=(1, 0)),),
     ),
     Stack(
         "btrfs-raid1c3",
         "btrfs RAID1C3: three copies of everything",
-        _disks(3, 256),
+        _disks(3, 4096),
         (Btrfs(("a", "b", "c"), "three", "raid1c3", "raid1c3"),),
     ),
     Stack(
         "btrfs-raid10",
         "btrfs RAID10 on four disks",
-        _disks(4, 200),
+        _disks(4, 2560),
         (Btrfs(("a", "b", "c", "d"), "ten", "raid10", "raid10"),),
     ),
     Stack(
         "btrfs-raid5",
         "btrfs RAID5 data, RAID1 metadata",
-        _disks(3, 256),
+        _disks(3, 2560),
         (Btrfs(("a", "b", "c"), "five", "raid5", "raid1"),),
     ),
     Stack(
         "btrfs-raid6",
         "btrfs RAID6 data, RAID1C3 metadata",
-        _disks(4, 256),
+        _disks(4, 2560),
         (Btrfs(("a", "b", "c", "d"), "six", "raid6", "raid1c3"),),
     ),
     Stack(
         "btrfs-mixed",
         "btrfs over disks of different sizes: single data, RAID1 metadata",
-        (Disk(160), Disk(256), Disk(320)),
+        (Disk(4096), Disk(5120), Disk(6144)),
         (_one("b"), Btrfs(("a", "b:1", "c"), "mixed", "single", "raid1")),
     ),
 )
@@ -792,7 +793,7 @@ _NESTED = (
     Stack(
         "btrfs-on-luks",
         "btrfs RAID1 on two LUKS containers",
-        _disks(2, 320),
+        _disks(2, 1280),
         (
             _one("a"),
             _one("b"),
@@ -805,7 +806,7 @@ _NESTED = (
     Stack(
         "btrfs-on-lvm-on-md",
         "btrfs on a logical volume on MD RAID1",
-        _disks(2, 320),
+        _disks(2, 1280),
         (
             Array("pv", "1", ("a", "b")),
             Group("vg", ("md/pv",)),

@@ -23,8 +23,8 @@ identities: UUIDs, labels, names, types, attributes, tags, key slots and tokens,
 - *other sectors*: 4096 bytes for 512, or 512 for 4096
 
 *blocks*: the used blocks were written. *grown*: what is larger on the target is used. *re-made*: a file system was made
-anew with its features and identity, and its files were copied. *refused*: before anything was touched, with the
-sentence given below.
+anew with its features and identity, and its files were copied. *shrunk*: a file system gave up a part of its devices.
+*refused*: before anything was touched, with the sentence given below.
 """
 
 

@@ -199,6 +199,7 @@ _STEPS = {
     "grow-spanning": "grown",
     "remake": "re-made",
     "copy-files": "re-made",
+    "shrink": "shrunk",
 }
 
 

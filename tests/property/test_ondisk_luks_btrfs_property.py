@@ -22,7 +22,7 @@ from remetal.ondisk.btrfs import (
     BtrfsSuperblock,
     Device,
     parse_btrfs,
-    read_device_extents,
+    read_allocation,
     used_ranges,
 )
 from remetal.ondisk.luks import LuksHeader, parse_luks
@@ -237,7 +237,7 @@ def test_any_superblock(patches: Patches, sealed: bool) -> None:
     assert "\0" not in superblock.label
     assert superblock.device_size <= DISK or superblock.problems
     try:
-        check_extents(read_device_extents({devid: real.device(devid, overlay) for devid in (1, 2)}, superblock))
+        check_extents(read_allocation({devid: real.device(devid, overlay) for devid in (1, 2)}, superblock).extents)
     except BadStructureError:
         return
 
@@ -250,11 +250,11 @@ ITEMS = st.integers(80, 101 + 8 * 25) | st.integers(NODE - 700, NODE - 1) | st.i
 def test_any_chunk_tree(patches: Patches, both: bool) -> None:
     real = real_btrfs()
     root = sealed_block(real.root, patches)
-    whole = read_device_extents({devid: real.device(devid, {}) for devid in (1, 2)}, real.parse({}))
+    whole = read_allocation({devid: real.device(devid, {}) for devid in (1, 2)}, real.parse({})).extents
     overlays = {1: {real.root_at[1]: root}, 2: {real.root_at[2]: root} if both else {}}
     devices = {devid: real.device(devid, overlays[devid]) for devid in (1, 2)}
     try:
-        found = read_device_extents(devices, real.parse({}))
+        found = read_allocation(devices, real.parse({})).extents
     except BadStructureError:
         return
     check_extents(found)
@@ -278,4 +278,4 @@ def test_a_tree_that_comes_back_to_a_block_is_refused() -> None:
         real.root_at[1] + NODE: node,
     }
     with pytest.raises(BadStructureError, match="loop"):
-        read_device_extents({1: real.device(1, overlay)}, real.parse(overlay))
+        read_allocation({1: real.device(1, overlay)}, real.parse(overlay))

@@ -12,14 +12,18 @@ from hypothesis import strategies as st
 
 from remetal.errors import RefusedError, UsageError
 from remetal.layout.layers import encode_table
+from remetal.layout.making import BtrfsMaking
 from remetal.layout.matching import find_marks
 from remetal.layout.model import (
+    Disk,
     FileSystem,
     GptTable,
     Layout,
     Luks,
     MbrTable,
     MdArray,
+    Part,
+    Partition,
     SpaceId,
     Swap,
     VolumeGroup,
@@ -38,14 +42,17 @@ from remetal.layout.steps import (
     MakeSwap,
     OpenContainer,
     RemakeFileSystem,
+    ShrinkFileSystem,
     Step,
     TakeSnapshot,
     WriteBootCode,
     WriteImage,
     WriteTable,
+    images_in,
 )
+from remetal.ondisk.btrfs import CHUNK_KINDS
 from remetal.ondisk.lvm import parse_volume_group
-from remetal.units import MIB
+from remetal.units import MIB, align_down
 from tests.stacked_layouts import room_of, size_of, stacked_layouts
 
 Case = tuple[Layout, dict[SpaceId, ImageFacts], dict[str, Target], PlanOptions]
@@ -131,7 +138,7 @@ def kind_of(message: str) -> str:
 
 
 def place_of(step: Step) -> Range | None:
-    """Return the device and the bytes of it that a step may write, by itself."""
+    """Return the device and the bytes of it that a step may write, by itself, if that is one place."""
     match step:
         case WriteImage() | CopyFiles() | RemakeFileSystem() | MakeSwap() | ClearRange() | ClearSignatures():
             return step.device, step.start, step.start + step.size
@@ -160,6 +167,9 @@ def written_ranges(found: Plan) -> Iterator[tuple[object, Range]]:
         place = place_of(step)
         if place is not None:
             yield owner_of(step, found.result), place
+        if isinstance(step, ShrinkFileSystem):
+            for each in step.parts:
+                yield each.volume, (each.device, each.start, each.start + each.size)
         if isinstance(step, WriteTable):
             for index, piece in enumerate(encode_table(step.table, step.size, step.sector)):
                 begin = piece.offset + (440 if index == 0 else 0)
@@ -219,9 +229,10 @@ def test_everything_has_its_turn(case: Case) -> None:
                 volume = step.group.volume(step.volume)
                 assert f"{step.group.name}/{volume.origin}" in there
                 there.add(f"{step.group.name}/{step.volume}")
-            case WriteImage() | CopyFiles() | MakeSwap():
-                assert step.volume not in written, "a volume is written twice"
-                written.add(step.volume)
+            case WriteImage() | CopyFiles() | ShrinkFileSystem() | MakeSwap():
+                volumes = {step.volume} if isinstance(step, MakeSwap) else {each.volume for each in images_in(step)}
+                assert not volumes & written, "a volume is written twice"
+                written |= volumes
             case GrowFileSystem():
                 assert step.volume in written
             case GrowSpanning():
@@ -244,7 +255,7 @@ def needed_by(step: Step) -> tuple[SpaceId, ...]:
     match step:
         case OpenContainer():
             return spaces_of(step.container)
-        case RemakeFileSystem() | GrowSpanning():
+        case RemakeFileSystem() | ShrinkFileSystem() | GrowSpanning():
             return step.volume.spaces
         case WriteImage() | CopyFiles() | MakeSwap() | ClearSignatures() | GrowFileSystem():
             return (step.volume,)
@@ -261,7 +272,7 @@ def test_everything_comes_back_or_is_said_to_be_dropped(case: Case) -> None:
     found = plan_or_none(case)
     if found is None:
         return
-    brought = Counter(step.image for step in found.steps if isinstance(step, (WriteImage, CopyFiles)))
+    brought = Counter(each.image for step in found.steps for each in images_in(step))
     assert all(count == 1 for count in brought.values())
     dropped = {fate.volume for fate in found.fates if fate.action == "dropped"}
     assert not dropped or options.without
@@ -302,6 +313,68 @@ def test_rooms_add_up(case: Case) -> None:
             case _:
                 pass
     assert not (options.keep_sizes and found.grown)
+
+
+@st.composite
+def spanning_cases(draw: st.DrawFn) -> Case:
+    """One btrfs over some disks, as they are or with a partition, on targets of which most are smaller."""
+    sizes = draw(st.lists(st.integers(300, 9000).map(lambda size: size * MIB), min_size=1, max_size=4))
+    disks = tuple(Disk(name=f"sd{letter}", size=size) for letter, size in zip("abcd", sizes, strict=False))
+    tables = tuple(table_over(disk) for disk in disks if draw(st.booleans()))
+    divided = {table.on for table in tables}
+    parts = tuple(
+        Part(
+            space=f"{disk.name}:1" if disk.name in divided else disk.name,
+            number=2 * index + 1,
+            size=disk.size - (2 * MIB if disk.name in divided else draw(st.sampled_from([0, 4096]))),
+            allocated=draw(st.integers(MIB, disk.size // 2)),
+        )
+        for index, disk in enumerate(disks)
+    )
+    kinds = draw(st.sets(st.sampled_from(sorted(CHUNK_KINDS)), min_size=1))
+    volume = FileSystem(
+        on=parts[0].space,
+        type="btrfs",
+        size=sum(part.size for part in parts),
+        used=0,
+        block_size=4096,
+        parts=parts,
+        making=BtrfsMaking(chunks=tuple(sorted(kinds))),
+    )
+    layout = Layout(disks=disks, layers=(*tables, volume))
+    shares = [draw(st.sampled_from([40, 60, 80, 95, 100, 130])) for _ in disks]
+    targets = {
+        disk.name: Target(path=f"/t/{disk.name}", name=disk.name, size=align_down(disk.size * share // 100, 512))
+        for disk, share in zip(disks, shares, strict=True)
+    }
+    return layout, images_of(layout), targets, PlanOptions(keep_sizes=draw(st.booleans()))
+
+
+def table_over(disk: Disk) -> GptTable:
+    """Return a table with one partition over all but a MiB at both ends of a disk."""
+    guid = "0FC63DAF-8483-4772-8E79-3D69D8477DE4"
+    partition = Partition(number=1, start=MIB, size=disk.size - 2 * MIB, type=guid, uuid=guid)
+    return GptTable(on=disk.name, disk_guid=guid, entry_count=128, partitions=(partition,), protective_mbr=bytes(512))
+
+
+@settings(relaxed, max_examples=300)
+@given(st.one_of(cases(), spanning_cases(), spanning_cases()))
+def test_what_shrinks_has_room_for_what_it_holds(case: Case) -> None:
+    found = plan_or_none(case)
+    if found is None:
+        return
+    shrunk = {fate.volume for fate in found.fates if fate.action == "shrunk"}
+    steps = [step for step in found.steps if isinstance(step, ShrinkFileSystem)]
+    assert {step.volume.on for step in steps} == shrunk
+    assert not shrunk & set(found.grown)
+    for step in steps:
+        event("shrunk")
+        assert any(each.size < each.before for each in step.parts)
+        assert all(each.size <= each.before for each in step.parts)
+        for part, each in zip(step.volume.parts, step.parts, strict=True):
+            assert (part.space, part.number, part.size) == (each.volume, each.number, each.size)
+            assert part.allocated < part.size <= found.result.place(part.space)[2]
+            assert part.size % step.volume.block_size == 0
 
 
 def original_size(layout: Layout, volume: FileSystem) -> int:

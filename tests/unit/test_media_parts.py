@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from remetal.errors import RefusedError, RemetalError, UsageError
-from remetal.image import copy, move
+from remetal.image import copy, shrink
 from remetal.layout.disks import find_disks
 from remetal.layout.inventory import probe_inventory
 from remetal.layout.layers import CONTAINERS, GROWING, SPANNING, swap
@@ -152,7 +152,7 @@ def test_the_kernel_comes_first_among_the_packages() -> None:
 
 
 def test_the_medium_brings_every_program_that_a_restore_may_call() -> None:
-    called = {*swap.PROGRAMS, *copy.PROGRAMS, *move.PROGRAMS}
+    called = {*swap.PROGRAMS, *copy.PROGRAMS, *shrink.PROGRAMS}
     called |= {program for each in CONTAINERS.values() for program in each.PROGRAMS}
     called |= {program for each in GROWING.values() for program in each.PROGRAMS}
     called |= {program for each in SPANNING.values() for program in each.PROGRAMS}

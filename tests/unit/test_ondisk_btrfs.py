@@ -17,7 +17,7 @@ import pytest
 
 from lab.manifest import Manifest, compare_manifests, take_manifest
 from remetal.errors import RemetalError
-from remetal.ondisk.btrfs import SUPERBLOCKS, BtrfsSuperblock, Device, parse_btrfs, read_device_extents, used_ranges
+from remetal.ondisk.btrfs import SUPERBLOCKS, BtrfsSuperblock, Device, parse_btrfs, read_allocation, used_ranges
 from remetal.ondisk.regions import BadStructureError
 from remetal.system.blockdev import Span
 from remetal.system.loop import attach_loop
@@ -61,7 +61,7 @@ def parse(path: Path) -> BtrfsSuperblock:
 def extents_of(paths: Sequence[Path]) -> dict[int, list[tuple[int, int]]]:
     superblocks = {path: parse(path) for path in paths}
     newest = max(superblocks.values(), key=lambda each: each.generation)
-    return read_device_extents({found.devid: device_of(path) for path, found in superblocks.items()}, newest)
+    return read_allocation({found.devid: device_of(path) for path, found in superblocks.items()}, newest).extents
 
 
 def dumped_extents(paths: Sequence[Path]) -> dict[int, list[tuple[int, int]]]:
@@ -220,7 +220,7 @@ REDUNDANT = [
 def set_aside(paths: Sequence[Path], missing: Sequence[Path]) -> dict[int, list[tuple[int, int]]]:
     superblock = parse(paths[0])
     devices = {parse(path).devid: device_of(path) for path in paths if path not in missing}
-    return read_device_extents(devices, superblock)
+    return read_allocation(devices, superblock).extents
 
 
 @pytest.mark.parametrize(("profile", "count", "lost"), REDUNDANT)
@@ -299,9 +299,9 @@ def test_an_unreadable_device_is_like_a_missing_one(tmp_path: Path) -> None:
         raise RemetalError(f"reading {size} bytes at byte {offset} failed")
 
     superblock = parse(paths[0])
-    assert read_device_extents({1: (fail, SIZE), 2: device_of(paths[1])}, superblock) == dumped_extents(paths)
+    assert read_allocation({1: (fail, SIZE), 2: device_of(paths[1])}, superblock).extents == dumped_extents(paths)
     with pytest.raises(BadStructureError, match="no sound copy"):
-        read_device_extents({1: (fail, SIZE), 2: (fail, SIZE)}, superblock)
+        read_allocation({1: (fail, SIZE), 2: (fail, SIZE)}, superblock)
 
 
 def test_a_device_that_was_away_for_a_while_does_not_count(tmp_path: Path) -> None:

@@ -14,17 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lab.awkward import make_awkward
-from lab.manifest import take_manifest
 from remetal.errors import RemetalError
 from remetal.events import Event, Warn
 from remetal.image.copy import copy_files, target_options
-from remetal.image.move import move_btrfs
 from remetal.layout.layers.remaking import Remake
 from remetal.layout.making import BtrfsMaking, ExtMaking, FatMaking, Making, XfsMaking, is_possible_making
 from remetal.layout.model import FileSystem
 from remetal.layout.remake import apply_remake, is_remade, plan_remake
 from remetal.ondisk.ext import count_in_blocks
-from remetal.repository import open_reader
 from remetal.system.blockdev import Span, open_disk
 from remetal.system.loop import attach_loop
 from remetal.system.mounts import mounted
@@ -32,7 +29,6 @@ from remetal.units import GIB, KIB, MIB, TIB
 from tests.real_disks import blank, program
 from tests.remaking import (
     STYLES,
-    capture,
     compare,
     copy_between,
     describe,
@@ -40,7 +36,6 @@ from tests.remaking import (
     make_filled,
     plan_least,
 )
-from tests.repositories import make_site
 
 EXT4 = ("mkfs.ext4", "-q")
 MAKES = {
@@ -288,47 +283,6 @@ def test_one_of_other_features_is_made_anew(tmp_path: Path) -> None:
     with open_disk(target.path, writable=True) as disk:
         disk.write(bytes(64 * KIB), 0)
     assert not is_remade(target, volume, plan)
-
-
-def test_btrfs_moves_with_everything(tmp_path: Path) -> None:
-    """Subvolumes, a snapshot, a shared extent, the default subvolume: on a device of less than half the size."""
-    size, needed = 3 * GIB, 1200 * MIB
-    source = Span(blank(tmp_path / "source.img", size), 0, size)
-    program("mkfs.btrfs", "-q", "-L", "name", source.path)
-    with attach_loop(source, writable=True) as device, mounted(device, kind="btrfs") as folder:
-        for name in ("@", "@home"):
-            program("btrfs", "subvolume", "create", folder / name)
-        make_strange(folder / "@")
-        program("btrfs", "subvolume", "snapshot", "-r", folder / "@", folder / "snapshot")
-        (folder / "@home" / "later").write_bytes(random.Random(1).randbytes(20 * MIB))
-        program("cp", "--reflink=always", folder / "@home" / "later", folder / "@home" / "clone")
-        program("btrfs", "subvolume", "set-default", folder / "@home")
-    before = _tell_btrfs(source)
-    volume = FileSystem(
-        on="x", type="btrfs", size=size, used=100 * MIB, block_size=4096, making=BtrfsMaking(metadata=110 * MIB)
-    )
-    plan = plan_remake(volume, volume.making, needed, 512)
-    assert isinstance(plan, Remake)
-    assert plan.method == "moved"
-    target = Span(blank(tmp_path / "target.img", needed), 0, needed)
-    site = make_site()
-    snapshot = capture(site, source)
-    with open_reader(site.repository, site.key, snapshot) as reader:
-        for _ in range(2):
-            move_btrfs(reader, snapshot.images[0], target, part="x")
-            program("btrfs", "check", target.path)
-            assert _tell_btrfs(target) == before
-
-
-def _tell_btrfs(span: Span) -> tuple[object, ...]:
-    """Return identity, subvolumes, default subvolume, and everything in all of them."""
-    with attach_loop(span) as device, mounted(device, kind="btrfs", options=("ro", "subvolid=5")) as folder:
-        identity = program("blkid", "-p", "-o", "value", "-s", "UUID", "-s", "LABEL", device)
-        listed = re.findall(r"ID (\d+) .* path (\S+)", program("btrfs", "subvolume", "list", folder))
-        default = program("btrfs", "subvolume", "get-default", folder).split()[1]
-        manifests = {name: take_manifest(str(folder / name)) for _, name in listed}
-    program("btrfs", "device", "scan", "--forget")
-    return identity, listed, default, manifests
 
 
 EXT = FileSystem(

@@ -285,3 +285,24 @@ def test_a_killed_process_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_silence_is_possible(site: Site) -> None:
     with opened(site, b"x" * 5000) as (reader, image), served_image(reader, image, part="x", report=silent) as path:
         assert path.read_bytes() == b"x" * 5000
+
+
+def test_the_head_is_a_place_on_a_disk(site: Site, tmp_path: Path) -> None:
+    """What is written there lasts, also by a write that goes over its end; the rest is the image's, and forgotten."""
+    image, head = scattered(3 * MIB), 1 * MIB + 4096
+    disk = blank(tmp_path / "disk.img", 4 * MIB)
+    disk.write_bytes(scattered(4 * MIB, seed=2))
+    before = disk.read_bytes()
+    change = b"changed " * 8192
+    place = head - len(change) // 2
+    with opened(site, image) as (reader, record):
+        for _ in range(2):
+            with served_image(reader, record, part="x", head=Span(disk, 8192, head)) as path:
+                shown = program("sha256sum", path).split()[0]
+                there = disk.read_bytes()
+                assert shown == hashlib.sha256(there[8192 : 8192 + head] + image[head:]).hexdigest()
+                (tmp_path / "change").write_bytes(change)
+                words = ("bs=4096", f"seek={place // 4096}", "conv=notrunc")
+                program("dd", f"if={tmp_path / 'change'}", f"of={path}", *words)
+    kept = change[: head - place]
+    assert disk.read_bytes() == before[: 8192 + place] + kept + before[8192 + head :]

@@ -17,7 +17,7 @@ from remetal.errors import RemetalError
 from remetal.events import Report, Warn, silent
 from remetal.ondisk import exfat, f2fs, fat, ntfs
 from remetal.ondisk.bitmaps import UncleanError
-from remetal.ondisk.btrfs import parse_btrfs, read_device_extents, used_ranges
+from remetal.ondisk.btrfs import parse_btrfs, read_allocation, used_ranges
 from remetal.ondisk.regions import BadStructureError, Read
 from remetal.system.blockdev import Span, open_disk
 from remetal.system.loop import open_device
@@ -122,7 +122,7 @@ def probe_used_spanning(parts: Mapping[int, Span], *, report: Report = silent) -
         try:
             superblocks = {number: parse_btrfs(*reader) for number, reader in readers.items()}
             newest = max(superblocks.values(), key=lambda each: each.generation)
-            allocated = read_device_extents(readers, newest)
+            allocated = read_allocation(readers, newest).extents
         except BadStructureError as error:
             report(
                 Warn(

@@ -48,14 +48,18 @@ def restore_image(
     *,
     part: str,
     workers: int | None = None,
+    cut: bool = False,
     report: Report = silent,
 ) -> Written:
     """Make the bytes at `span` equal to the image, writing only chunks that differ; durable on return.
 
-    The span may be smaller than the image, as long as nothing but zeros and holes lies behind its end.
+    The span may be smaller than the image, as long as nothing but zeros and holes lies behind its end; with `cut`,
+    whatever lies there is left out.
     Many chunks are in flight at once. Raises DamagedError if a chunk cannot be read back as it was stored,
     RemetalError if the target cannot be written; what was written stays, and the next call goes on from there.
     """
+    if image.size > span.size and not cut:
+        _check_end(reader, image, span)
     return _walk(reader, image, span, part=part, workers=workers, report=report, writing=True)
 
 
@@ -84,6 +88,8 @@ def verify_image(
     report: Report = silent,
 ) -> Written:
     """Compare the bytes at `span` with the image and write nothing; `written` counts the bytes that differ."""
+    if image.size > span.size:
+        _check_end(reader, image, span)
     return _walk(reader, image, span, part=part, workers=workers, report=report, writing=False)
 
 
@@ -97,8 +103,6 @@ def _walk(
     report: Report,
     writing: bool,
 ) -> Written:
-    if image.size > span.size:
-        _check_end(reader, image, span)
     workers = workers or os.cpu_count() or 1
     buffers = threading.local()
     result = Written()
@@ -115,7 +119,7 @@ def _walk(
     ):
         pending: deque[Future[Written]] = deque()
         try:
-            for group in _groups(reader, image):
+            for group in _groups(reader, image, span.size):
                 pending.append(pool.submit(work, disk, group))
                 if len(pending) > 2 * workers:
                     result += pending.popleft().result()
@@ -129,12 +133,13 @@ def _walk(
     return result
 
 
-def _groups(reader: Reader, image: ImageRecord) -> Iterator[Run]:
-    """Yield the image's runs, cut into pieces that fit one buffer."""
+def _groups(reader: Reader, image: ImageRecord, size: int) -> Iterator[Run]:
+    """Yield the image's runs that begin in its first `size` bytes, cut into pieces that fit one buffer."""
     count = max(GROUP // image.chunk_size, 1)
+    end = -(-size // image.chunk_size)
     for run in reader.runs(image):
-        for index in range(0, len(run.ids), count):
-            yield Run(run.first + index, run.ids[index : index + count])
+        for index in range(0, min(len(run.ids), end - run.first), count):
+            yield Run(run.first + index, run.ids[index : min(index + count, end - run.first)])
 
 
 def _bring(

@@ -1,7 +1,8 @@
 """An image as a file that can be mounted, without restoring it anywhere.
 
 Chunks are fetched when they are asked for, a few ahead of whoever reads on, and a small cache keeps the latest. What
-is written to the file, as by a file system that replays its journal, goes to a scratch in memory and is forgotten.
+is written to the file, as by a file system that replays its journal, goes to a scratch in memory and is forgotten;
+only where the file begins with a place on a disk, what is written there lasts.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pathlib import Path
 from remetal.errors import DamagedError, RemetalError
 from remetal.events import Progress, Report, silent
 from remetal.repository import ZERO_ID, ImageRecord, Reader
-from remetal.system.fuse import Pieces, shown_file
+from remetal.system.blockdev import DiskIO, Span, open_disk
+from remetal.system.fuse import Content, Pieces, shown_file
 from remetal.units import GIB, KIB, MIB
 
 CACHE = 64 * MIB
@@ -36,14 +38,17 @@ _ID_SIZE = len(ZERO_ID)
 
 
 @contextmanager
-def served_image(reader: Reader, image: ImageRecord, *, part: str, report: Report = silent) -> Iterator[Path]:
+def served_image(
+    reader: Reader, image: ImageRecord, *, part: str, head: Span | None = None, report: Report = silent
+) -> Iterator[Path]:
     """Show an image as a regular file of `image.size` bytes for the length of a block, and yield its path.
 
     The file may be read and written by other programs and by loop devices (see `remetal.system.fuse`), of which the
     last must be gone before the block is left; holes read as zeros. `part` names the image in progress events, which
-    count bytes that were fetched. Nothing that is written lasts. Needs root. Whatever could not be read back as it was
-    stored reads as an I/O error, and is raised at the end of the block as what it was: DamagedError, or
-    UnavailableError if the store was lost.
+    count bytes that were fetched. Nothing that is written lasts, but for the first `head.size` bytes if `head` is
+    given: these are not the image's, but those of that place on a disk. Needs root. Whatever could not be read back as
+    it was stored reads as an I/O error, and is raised at the end of the block as what it was: DamagedError, or
+    UnavailableError if the store was lost; likewise RemetalError if the disk failed.
     """
     workers = os.cpu_count() or 1
     report(Progress(part, 0, image.used))
@@ -51,7 +56,7 @@ def served_image(reader: Reader, image: ImageRecord, *, part: str, report: Repor
         content = _Content(reader, image, pool, part, report)
         try:
             # More threads than processors: most of those who answer wait for a chunk.
-            with shown_file(content, workers=2 * workers) as path:
+            with _headed(content, head) as shown, shown_file(shown, workers=2 * workers) as path:
                 yield path
         except RemetalError as error:
             if content.problem is not None:
@@ -62,6 +67,16 @@ def served_image(reader: Reader, image: ImageRecord, *, part: str, report: Repor
     if content.problem is not None:
         raise content.problem
     report(Progress(part, image.used, image.used))
+
+
+@contextmanager
+def _headed(content: _Content, head: Span | None) -> Iterator[Content]:
+    """Let a place on a disk, if one is given, stand for the first bytes of an image; durable on a clean exit."""
+    if head is None:
+        yield content
+        return
+    with open_disk(head.path, writable=True) as disk:
+        yield _Headed(content, head, disk)
 
 
 class _Content:
@@ -80,8 +95,7 @@ class _Content:
         try:
             pieces = self._chunks.read(offset, size)
         except RemetalError as error:
-            self.problem = self.problem or error
-            raise OSError(errno.EIO, error.message) from error
+            raise self.failed(error) from error
         self._tell()
         if not self._scratch:
             return pieces
@@ -98,6 +112,11 @@ class _Content:
                 first, last = max(offset, start), min(offset + len(data), start + len(page))
                 page[first - start : last - start] = data[first - offset : last - offset]
                 self._scratch[number] = bytes(page)
+
+    def failed(self, error: RemetalError) -> OSError:
+        """Keep the first thing that went wrong, and return it as what the kernel understands."""
+        self.problem = self.problem or error
+        return OSError(errno.EIO, error.message)
 
     def _patched(self, data: bytes, offset: int) -> bytes:
         patched = bytearray(data)
@@ -118,6 +137,42 @@ class _Content:
                     self._report(Progress(self._part, min(done, self._total), self._total))
             finally:
                 self._guard.release()
+
+
+class _Headed:
+    """An image whose first bytes are read from and written to a disk."""
+
+    def __init__(self, content: _Content, head: Span, disk: DiskIO) -> None:
+        self.size = content.size
+        self._content, self._head, self._disk = content, head, disk
+
+    def read(self, offset: int, size: int) -> Pieces:
+        """Return the disk's bytes, then the image's."""
+        ours = self._count(offset, size)
+        pieces: list[bytes | memoryview] = []
+        if ours:
+            try:
+                pieces.append(self._disk.read(self._head.start + offset, ours))
+            except RemetalError as error:
+                raise self._content.failed(error) from error
+        if ours < size:
+            pieces += self._content.read(offset + ours, size - ours)
+        return pieces
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write to the disk what lies on it, and lay the rest over the image."""
+        ours = self._count(offset, len(data))
+        if ours:
+            try:
+                self._disk.write(data[:ours], self._head.start + offset)
+            except RemetalError as error:
+                raise self._content.failed(error) from error
+        if ours < len(data):
+            self._content.write(offset + ours, data[ours:])
+
+    def _count(self, offset: int, size: int) -> int:
+        """Return how many of these bytes are the disk's."""
+        return max(min(self._head.size - offset, size), 0)
 
 
 class _Chunks:

@@ -32,6 +32,7 @@ from remetal.layout.steps import (
     MakeSwap,
     OpenContainer,
     RemakeFileSystem,
+    ShrinkFileSystem,
     Step,
     TakeSnapshot,
     WriteBootCode,
@@ -67,13 +68,13 @@ def need_step_programs(steps: Iterable[Step]) -> None:
                 programs.update(swap.PROGRAMS)
             case GrowFileSystem():
                 programs.update(GROWING[step.type].PROGRAMS)
-            case GrowSpanning():
+            case GrowSpanning() | ShrinkFileSystem():
                 programs.update(SPANNING[step.volume.type].PROGRAMS)
             case OpenContainer():
                 programs.update(container_kind(step.container).PROGRAMS)
                 programs.update(_programs_of_pools(step.container))
             case CopyFiles():
-                programs.add("rsync" if step.method == "files" else "btrfs")
+                programs.add("rsync")
             case RemakeFileSystem():
                 programs.update(step.remake.programs, ("wipefs",))
             case _:
@@ -171,7 +172,7 @@ def apply_step(step: Step, site: Site, *, report: Report = silent) -> int:
             report(Title(f"Making {step.volume.on} anew as {step.volume.type}"))
             span = Span(site.devices[step.device], step.start, step.size)
             return apply_remake(span, step.volume, step.remake)
-        case WriteImage() | CopyFiles():
+        case WriteImage() | CopyFiles() | ShrinkFileSystem():
             raise AssertionError("images are written, and their files copied, by the image room")
         case _:
             return _apply_on_device(step, site.devices[step.device], report)

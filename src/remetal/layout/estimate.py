@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from remetal.layout.model import Layout
-from remetal.layout.steps import CopyFiles, GrowFileSystem, GrowSpanning, OpenContainer, Step, WriteImage
+from remetal.layout.steps import (
+    CopyFiles,
+    GrowFileSystem,
+    GrowSpanning,
+    OpenContainer,
+    ShrinkFileSystem,
+    Step,
+    WriteImage,
+)
 from remetal.units import MIB
 
 _RATES = {"usb": 40 * MIB, "mmc": 30 * MIB, "nvme": 400 * MIB, "virtio": 200 * MIB}
@@ -17,6 +25,8 @@ _USUAL = 120 * MIB
 """Bytes per second: what a hard disk writes, and one core unpacks and decrypts."""
 _FILES = 25 * MIB
 """Bytes per second where files are copied one by one."""
+_MOVED = 50 * MIB
+"""Bytes per second where a file system moves what it holds, at most all that it has to give up."""
 _START, _OPEN, _GROW = 5.0, 3.0, 5.0
 """Seconds for reading the repository's index, for opening a container, and for growing a file system."""
 
@@ -30,6 +40,9 @@ def estimate_seconds(steps: Iterable[Step], result: Layout, buses: Mapping[str, 
                 seconds += step.used / min(_rate(buses.get(disk, "")) for disk in result.disks_under(step.device))
             case CopyFiles():
                 seconds += step.used / _FILES
+            case ShrinkFileSystem():
+                seconds += sum(each.used for each in step.parts) / _slowest(step, result, buses)
+                seconds += sum(min(each.before - each.size, each.used) for each in step.parts) / _MOVED
             case OpenContainer():
                 seconds += _OPEN
             case GrowFileSystem() | GrowSpanning():
@@ -37,6 +50,10 @@ def estimate_seconds(steps: Iterable[Step], result: Layout, buses: Mapping[str, 
             case _:
                 pass
     return round(seconds)
+
+
+def _slowest(step: ShrinkFileSystem, result: Layout, buses: Mapping[str, str]) -> int:
+    return min(_rate(buses.get(disk, "")) for each in step.parts for disk in result.disks_under(each.device))
 
 
 def _rate(bus: str) -> int:

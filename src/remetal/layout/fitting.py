@@ -7,8 +7,8 @@ if nothing but swap follows, which then moves to the end; in a volume group, the
 is handed through. `--grow` names the volumes that may grow instead, `--keep-sizes` none.
 
 The rule for what a smaller target lacks: first, partitions give what their contents do not reach; then, those whose
-file systems can be made anew by copying files give what these files do not need, and swap up to half of itself; in
-both cases the one that can give most first. What lies behind moves forward.
+file systems can be made anew by copying files, or can shrink, give what that does not need, and swap up to half of
+itself; in both cases the one that can give most first. What lies behind moves forward.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import msgspec.structs
 
 from remetal.errors import RefusedError
-from remetal.layout.layers import container_kind, md_sizes, plan_growth
+from remetal.layout.layers import SPANNING, container_kind, md_sizes, plan_growth
 from remetal.layout.layers.remaking import Remake
 from remetal.layout.model import (
     Container,
@@ -57,15 +57,17 @@ _LEAST_SWAP_PAGES = 10
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The layers as they will lie on the targets: `grown`, `remade` and `moved` are volumes.
+    """The layers as they will lie on the targets: `grown`, `remade`, `shrunk` and `moved` are volumes.
 
-    Those that are `remade` do not fit as blocks, and get a new file system and their files. `blocked` is, by device,
+    Those that are `remade` do not fit as blocks, and get a new file system and their files; those that are `shrunk` do
+    neither, and are made smaller while they are restored. `blocked` is, by device,
     what follows the last volume that could grow there, and so keeps it as it is.
     """
 
     layers: tuple[Layer, ...]
     grown: tuple[SpaceId, ...]
     remade: Mapping[SpaceId, Remake]
+    shrunk: tuple[SpaceId, ...]
     moved: tuple[SpaceId, ...]
     blocked: Mapping[SpaceId, SpaceId]
 
@@ -117,6 +119,7 @@ class _Fitter:
         self.rooms: dict[SpaceId, int] = {name: disk.size for name, disk in targets.items()}
         self.grown: list[SpaceId] = []
         self.remade: dict[SpaceId, Remake] = {}
+        self.shrunk: list[SpaceId] = []
         self.moved: list[SpaceId] = []
         self.blocked: dict[SpaceId, SpaceId] = {}
         self.growing: dict[tuple[SpaceId, int], bool] = {}
@@ -125,7 +128,7 @@ class _Fitter:
 
     def fit(self) -> Fit:
         layers = tuple(self._fit_layer(layer) for layer in self.layout.layers)
-        return Fit(layers, tuple(self.grown), self.remade, tuple(self.moved), self.blocked)
+        return Fit(layers, tuple(self.grown), self.remade, tuple(self.shrunk), tuple(self.moved), self.blocked)
 
     def _gain(self, space: SpaceId) -> int:
         return self.rooms.get(space, self._size(space)) - self._size(space)
@@ -160,10 +163,11 @@ class _Fitter:
             raise _too_small(space, needed, there)
 
     def _fit_file_system(self, volume: FileSystem) -> FileSystem:
-        if len(volume.parts) > 1:
+        if volume.parts:
             for part in volume.parts:
-                self._check_room(part.space, part.size)
                 self._check_sectors(f"the {volume.type}", part.space, (volume.needed_sector,))
+            if any(part.size > self.rooms[part.space] for part in volume.parts):
+                return self._shrink(volume)
         elif volume.size > self.rooms[volume.on] or not self._suits(volume.on, (volume.needed_sector,)):
             return self._remake(volume)
         if self.keep_sizes or not self._may_grow(volume):
@@ -193,10 +197,22 @@ class _Fitter:
             used=min(volume.used, remake.size),
             block_size=remake.block_size,
             features=remake.features,
-            parts=tuple(msgspec.structs.replace(part, size=remake.size) for part in volume.parts),
             sector=0,
             making=None,
         )
+
+    def _shrink(self, volume: FileSystem) -> FileSystem:
+        """Plan smaller devices for a file system that can give up some of what it has."""
+        shrunk = SPANNING[volume.type].plan_shrinking(volume, self.rooms)
+        if isinstance(shrunk, str):
+            lacking = next(part for part in volume.parts if part.size > self.rooms[part.space])
+            raise RefusedError(
+                f"{lacking.space} ({volume.type}, {format_bytes(lacking.size)}) does not fit as it is where it would "
+                f"go, which has {format_bytes(self.rooms[lacking.space])}, and it cannot shrink: {shrunk}",
+                hint="Choose larger targets.",
+            )
+        self.shrunk.append(volume.on)
+        return msgspec.structs.replace(shrunk, used=min(shrunk.used, shrunk.size))
 
     def _may_grow(self, volume: FileSystem) -> bool:
         return not self.wanted or volume.on in self.wanted
@@ -355,8 +371,9 @@ class _Fitter:
         match layer:
             case None:
                 return min(size, GROWTH_STEP)
-            case FileSystem(parts=parts) if len(parts) > 1:
-                return next(part.size for part in parts if part.space == space)
+            case FileSystem(parts=parts) if parts:
+                part = next(part for part in parts if part.space == space)
+                return SPANNING[layer.type].least_size(layer, part) if remade else part.size
             case FileSystem():
                 return self._needs_remade(layer) if remade else layer.size
             case Swap():

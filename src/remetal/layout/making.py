@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from remetal.ondisk.btrfs import CHUNK_KINDS
 from remetal.ondisk.ext import ExtSettings
 from remetal.ondisk.fat_chains import count_chains, read_root_entries
 from remetal.ondisk.regions import Read
@@ -75,9 +76,9 @@ class FatMaking(_Record, frozen=True, kw_only=True, tag_field="kind", tag="fat")
 
 
 class BtrfsMaking(_Record, frozen=True, kw_only=True, tag_field="kind", tag="btrfs"):
-    """btrfs: bytes that are allocated for metadata, each copy counted once."""
+    """btrfs: the kinds of its chunks, as `remetal.ondisk.btrfs.Allocation` names them."""
 
-    metadata: int
+    chunks: tuple[str, ...]
 
 
 Making: TypeAlias = ExtMaking | XfsMaking | FatMaking | BtrfsMaking
@@ -117,5 +118,7 @@ def is_possible_making(making: Making) -> bool:
             sizes = {making.sector_size, making.inode_size, making.directory_block} <= _POWERS
             counts = 0 <= making.inodes_used <= making.inodes and making.groups > 0 and making.group_size > 0
             return sizes and counts and 0 <= making.inode_percent <= 100 and min(making.log, making.shared) >= 0
-        case _:
-            return min(numbers, default=0) >= 0
+        case BtrfsMaking():
+            return set(making.chunks) <= CHUNK_KINDS
+        case FatMaking():
+            return min(numbers) >= 0

@@ -248,11 +248,15 @@ class Luks(Struct, frozen=True, kw_only=True, tag_field="layer", tag="luks"):
 
 
 class Part(Struct, frozen=True, kw_only=True):
-    """One device of a file system that spans several: the space, its id there, and how many bytes of it count."""
+    """One device of a file system that may span several: the space, its id there, and how many bytes of it count.
+
+    `allocated` of them are set aside for content, be they in use or not; 0 if that is not known.
+    """
 
     space: SpaceId
     number: int
     size: int
+    allocated: int = 0
 
 
 class FileSystem(Struct, frozen=True, kw_only=True, tag_field="layer", tag="filesystem"):

@@ -22,6 +22,7 @@ from remetal.layout.steps import (
     MakeSwap,
     OpenContainer,
     RemakeFileSystem,
+    ShrinkFileSystem,
     Step,
     TakeSnapshot,
     WriteBootCode,
@@ -147,7 +148,7 @@ def _touched(step: Step) -> tuple[SpaceId, ...]:
     match step:
         case WriteImage() | CopyFiles() | ClearSignatures() | MakeSwap() | GrowFileSystem():
             return (step.volume,)
-        case RemakeFileSystem() | GrowSpanning():
+        case RemakeFileSystem() | ShrinkFileSystem() | GrowSpanning():
             return step.volume.spaces
         case OpenContainer():
             return spaces_of(step.container)

@@ -39,7 +39,7 @@ from remetal.layout.partial import check_choice, pinned_tables, selected_steps
 from remetal.layout.record import MAX_DISK, check_layout
 from remetal.layout.reshape import Reshaped, reshape
 from remetal.layout.sequence import plan_steps
-from remetal.layout.steps import CopyFiles, ImageFacts, MakeSwap, OpenContainer, Step, WriteImage
+from remetal.layout.steps import ImageFacts, MakeSwap, OpenContainer, Step, WriteImage, images_in
 from remetal.ondisk.regions import BadStructureError
 from remetal.units import MIB, format_bytes
 
@@ -92,8 +92,8 @@ class PlanOptions(Struct, frozen=True, kw_only=True):
 class Fate(Struct, frozen=True, kw_only=True):
     """What happens to one volume or container; `text` says it to a person.
 
-    `action` is, for a volume, `restored`, `grown`, `copied` (file by file), `remade` (swap space), `kept` or `dropped`;
-    for a container, `made`, `opened` or `kept`.
+    `action` is, for a volume, `restored`, `grown`, `shrunk`, `copied` (file by file), `remade` (swap space), `kept` or
+    `dropped`; for a container, `made`, `opened` or `kept`.
     """
 
     volume: SpaceId
@@ -170,7 +170,7 @@ def plan_restore(
     known = {name: each for name, each in facts.items() if each is not None}
     every = tuple(plan_steps(source, result, fit, files, known))
     steps = tuple(selected_steps(every, result, options.only, options.keep))
-    used = sum(step.used for step in steps if isinstance(step, (WriteImage, CopyFiles)))
+    used = sum(each.used for step in steps for each in images_in(step))
     _refuse(list(_find_full(result, chosen, steps)))
     return Plan(
         id=_hash_plan(snapshot, layout, images, chosen, options, steps),
@@ -278,9 +278,7 @@ def _find_unwritable(result: Layout) -> Iterator[tuple[str, str]]:
 
 
 def _find_full(result: Layout, targets: Mapping[str, Target], steps: tuple[Step, ...]) -> Iterator[tuple[str, str]]:
-    images = [
-        (step.used, result.disks_under(step.device)) for step in steps if isinstance(step, (WriteImage, CopyFiles))
-    ]
+    images = [(each.used, result.disks_under(each.device)) for step in steps for each in images_in(step)]
     for name, target in targets.items():
         used = sum(size for size, disks in images if name in disks)
         if target.room is not None and used > target.room:
@@ -312,10 +310,10 @@ def _written(steps: tuple[Step, ...]) -> frozenset[SpaceId]:
         match step:
             case OpenContainer():
                 found.add(spaces_of(step.container)[0])
-            case WriteImage() | CopyFiles() | MakeSwap():
+            case MakeSwap():
                 found.add(step.volume)
             case _:
-                pass
+                found.update(each.volume for each in images_in(step))
     return frozenset(found)
 
 
@@ -341,9 +339,11 @@ def _plan_fates(result: Layout, fit: Fit, written: frozenset[SpaceId]) -> Iterat
                 text = "made anew at the end of the disk" if layer.on in fit.moved else "made anew"
                 yield Fate(volume=layer.on, action="remade", text=text)
             case FileSystem() if layer.on in fit.remade:
-                remake = fit.remade[layer.on]
-                how = "made anew and its files copied" if remake.method == "files" else "moved"
-                yield Fate(volume=layer.on, action="copied", text=f"{how}, because it does not fit as it is")
+                text = "made anew and its files copied, because it does not fit as it is"
+                yield Fate(volume=layer.on, action="copied", text=text)
+            case FileSystem() if layer.on in fit.shrunk:
+                text = f"restored and shrunk to {format_bytes(layer.size)}, because it does not fit as it is"
+                yield Fate(volume=layer.on, action="shrunk", text=text)
             case FileSystem() | Raw():
                 grown = layer.on in fit.grown
                 text = f"restored, then grown to {format_bytes(layer.size)}" if grown else "restored"

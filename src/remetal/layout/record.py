@@ -216,7 +216,8 @@ class _Checker:
 
     def _are_possible_parts(self, volume: FileSystem) -> bool:
         numbers = {each.number for each in volume.parts}
-        sizes = all(0 < each.size <= self.spaces[each.space][2] for each in volume.parts)
+        sizes = all(0 <= each.allocated <= each.size <= self.spaces[each.space][2] for each in volume.parts)
+        sizes = sizes and all(each.size for each in volume.parts)
         known = volume.type in SPANNING and all(0 < number < 1 << 64 for number in numbers)
         whole = volume.parts[0].space == volume.on and volume.size == sum(each.size for each in volume.parts)
         return known and whole and sizes and len(numbers) == len(volume.parts)

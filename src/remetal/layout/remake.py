@@ -1,14 +1,13 @@
 """Making file systems anew where their blocks do not fit: a smaller target, or one with larger sectors.
 
-The plan is pure, and names the very commands. Files are copied afterwards, by `remetal.image.copy`; a btrfs moves by
-itself, by `remetal.image.move`.
+The plan is pure, and names the very commands. Files are copied afterwards, by `remetal.image.copy`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from remetal.layout.layers import VOLUMES, remake_btrfs, remake_ext, remake_f2fs, remake_fat, remake_xfs
+from remetal.layout.layers import VOLUMES, remake_ext, remake_f2fs, remake_fat, remake_xfs
 from remetal.layout.layers.contract import Content
 from remetal.layout.layers.remaking import Plan, Remake
 from remetal.layout.making import Making
@@ -25,7 +24,6 @@ _PLANS: Mapping[str, Callable[[FileSystem, Making | None, int, int], Plan]] = {
     "vfat": remake_fat.plan_vfat,
     "exfat": remake_fat.plan_exfat,
     "f2fs": remake_f2fs.plan_remake,
-    "btrfs": remake_btrfs.plan_remake,
 }
 """By blkid's name of the type."""
 

@@ -46,6 +46,8 @@ from remetal.layout.steps import (
     MakeSwap,
     OpenContainer,
     RemakeFileSystem,
+    ShrinkFileSystem,
+    ShrunkPart,
     Step,
     TakeSnapshot,
     WriteBootCode,
@@ -175,6 +177,9 @@ def _plan_content(
     if volume.on in fit.remade and isinstance(volume, FileSystem):
         yield from _plan_remake(volume, fit.remade[volume.on], images, result)
         return
+    if volume.on in fit.shrunk and isinstance(volume, FileSystem):
+        yield from _plan_shrinking(volume, images, source, result)
+        return
     yield from _plan_volume(volume, images, result)
     if volume.on in fit.grown and isinstance(volume, FileSystem):
         yield _plan_growth(volume, source, result)
@@ -215,10 +220,37 @@ def _plan_remake(
         start=start,
         size=size,
         type=volume.type,
-        method=remake.method,
         used=facts.used,
         digest=facts.digest,
     )
+
+
+def _plan_shrinking(
+    volume: FileSystem, images: Mapping[SpaceId, ImageFacts], source: Layout, result: Layout
+) -> Iterator[Step]:
+    former = source.layer_on(volume.on)
+    assert isinstance(former, FileSystem)
+    parts = []
+    for before, part in zip(former.parts, volume.parts, strict=True):
+        device, start, size = result.place(part.space)
+        facts = images[part.space]
+        yield ClearSignatures(
+            volume=part.space, device=device.name, start=start, size=size, type=volume.type, uuid=volume.uuid
+        )
+        parts.append(
+            ShrunkPart(
+                volume=part.space,
+                number=part.number,
+                image=facts.image or part.space,
+                device=device.name,
+                start=start,
+                before=before.size,
+                size=part.size,
+                used=min(facts.used, part.size),
+                digest=facts.digest,
+            )
+        )
+    yield ShrinkFileSystem(volume=volume, parts=tuple(parts))
 
 
 def _plan_image(captured: Captured, images: Mapping[SpaceId, ImageFacts], result: Layout) -> WriteImage:

@@ -84,7 +84,7 @@ class RemakeFileSystem(Struct, frozen=True, kw_only=True, tag_field="step", tag=
 
 
 class CopyFiles(Struct, frozen=True, kw_only=True, tag_field="step", tag="copy-files"):
-    """Make the files on a file system that was made anew equal to those in the captured image, by `method`.
+    """Make the files on a file system that was made anew equal to those in the captured image.
 
     `used` are the image's captured bytes.
     """
@@ -95,9 +95,32 @@ class CopyFiles(Struct, frozen=True, kw_only=True, tag_field="step", tag="copy-f
     start: int
     size: int
     type: str
-    method: str
     used: int
     digest: str
+
+
+class ShrunkPart(Struct, frozen=True, kw_only=True):
+    """One device of a file system that shrinks from `before` bytes to `size`, or stays as it is where these are equal.
+
+    `number` is its id in the file system; `volume`, `image` and `used` are as in `WriteImage`.
+    """
+
+    volume: SpaceId
+    number: int
+    image: SpaceId
+    device: SpaceId
+    start: int
+    before: int
+    size: int
+    used: int
+    digest: str
+
+
+class ShrinkFileSystem(Struct, frozen=True, kw_only=True, tag_field="step", tag="shrink"):
+    """Write the images of a file system's devices as far as these reach, and let it move there what lies behind."""
+
+    volume: FileSystem
+    parts: tuple[ShrunkPart, ...]
 
 
 class MakeSwap(Struct, frozen=True, kw_only=True, tag_field="step", tag="make-swap"):
@@ -166,8 +189,20 @@ Step: TypeAlias = (
     | WriteImage
     | RemakeFileSystem
     | CopyFiles
+    | ShrinkFileSystem
     | MakeSwap
     | GrowFileSystem
     | GrowSpanning
     | WriteBootCode
 )
+
+
+def images_in(step: Step) -> tuple[WriteImage | CopyFiles | ShrunkPart, ...]:
+    """Return what a step brings of images: whose image, where to, and how many bytes."""
+    match step:
+        case WriteImage() | CopyFiles():
+            return (step,)
+        case ShrinkFileSystem():
+            return step.parts
+        case _:
+            return ()

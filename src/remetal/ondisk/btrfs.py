@@ -50,6 +50,21 @@ _MAX_NODES, _MAX_EXTENTS = 1 << 14, 1 << 21
 _STRIPE_SIZE = 64 * KIB
 _RAID0, _RAID1, _DUP, _RAID10, _RAID5, _RAID6, _RAID1C3, _RAID1C4 = (1 << bit for bit in range(3, 11))
 _PROFILES = _RAID0 | _RAID1 | _DUP | _RAID10 | _RAID5 | _RAID6 | _RAID1C3 | _RAID1C4
+_CONTENTS = {0x1: "data", 0x2: "system", 0x4: "metadata"}
+_PROFILE_NAMES = {
+    0: "single",
+    _RAID0: "raid0",
+    _RAID1: "raid1",
+    _DUP: "dup",
+    _RAID10: "raid10",
+    _RAID5: "raid5",
+    _RAID6: "raid6",
+    _RAID1C3: "raid1c3",
+    _RAID1C4: "raid1c4",
+}
+CHUNK_KINDS = frozenset(f"{content} {profile}" for content in _CONTENTS.values() for profile in _PROFILE_NAMES.values())
+"""What a chunk holds, and its profile."""
+
 _PARITIES = {_RAID0: 0, _RAID5: 1, _RAID6: 2}
 _COPIES = {0: 1, _DUP: 2, _RAID1: 2, _RAID1C3: 3, _RAID1C4: 4}
 
@@ -94,6 +109,7 @@ class Chunk:
     """`size` bytes from byte `start` of the file system's own address space, and the stripes that hold them.
 
     `profile` is the bit of the RAID profile, 0 for single. Each stripe takes `stripe_size` bytes of its device.
+    `content` has the bits for data, system and metadata.
     """
 
     start: int
@@ -101,6 +117,24 @@ class Chunk:
     profile: int
     stripe_size: int
     stripes: tuple[Stripe, ...]
+    content: int
+
+    @property
+    def kind(self) -> str:
+        """What it holds, and its profile: one of `CHUNK_KINDS`. Mixed content counts as data."""
+        content = next((name for bit, name in _CONTENTS.items() if self.content & bit), "data")
+        return f"{content} {_PROFILE_NAMES[self.profile]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """What is allocated on each device, by devid: start and size in bytes of every stripe, ascending.
+
+    `kinds` are those of its chunks.
+    """
+
+    extents: dict[int, list[tuple[int, int]]]
+    kinds: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +197,8 @@ def parse_btrfs(read: Read, size: int) -> BtrfsSuperblock:
     return replace(found, problems=tuple(problems))
 
 
-def read_device_extents(devices: Mapping[int, Device], superblock: BtrfsSuperblock) -> dict[int, list[tuple[int, int]]]:
-    """Return what is allocated on each device, by devid: start and size in bytes of every stripe, ascending.
+def read_allocation(devices: Mapping[int, Device], superblock: BtrfsSuperblock) -> Allocation:
+    """Return what is allocated on each device, and for what.
 
     `devices` are those at hand, by devid; `superblock` is the one with the highest generation among theirs. Devices
     that are missing are listed as well. Every block of the chunk tree is verified, and read from another copy (or
@@ -173,6 +207,7 @@ def read_device_extents(devices: Mapping[int, Device], superblock: BtrfsSuperblo
     """
     sizes: dict[int, int] = {}
     extents: list[tuple[int, int, int]] = []
+    kinds: set[str] = set()
     for kind, place, data in _read_chunk_tree(devices, superblock):
         if kind == _DEVICE_ITEM and len(data) == _DEVICE.size:
             devid, sizes[devid], _, _ = _DEVICE.unpack(data)
@@ -181,6 +216,7 @@ def read_device_extents(devices: Mapping[int, Device], superblock: BtrfsSuperblo
             if len(extents) > _MAX_EXTENTS:
                 raise BadStructureError("the btrfs has more chunks than any can have")
             extents += ((stripe.devid, stripe.start, chunk.stripe_size) for stripe in chunk.stripes)
+            kinds.add(chunk.kind)
     found: dict[int, list[tuple[int, int]]] = {devid: [] for devid in sorted(sizes)}
     for devid, start, size in sorted(extents):
         if start + size > sizes.get(devid, 0):
@@ -188,7 +224,7 @@ def read_device_extents(devices: Mapping[int, Device], superblock: BtrfsSuperblo
         if found[devid] and start < sum(found[devid][-1]):
             raise BadStructureError(f"chunks of the btrfs overlap on device {devid}")
         found[devid].append((start, size))
-    return found
+    return Allocation(found, frozenset(kinds))
 
 
 def used_ranges(extents: Iterable[tuple[int, int]], device_size: int) -> list[tuple[int, int]]:
@@ -304,7 +340,7 @@ def _parse_chunk(data: bytes, place: int) -> Chunk:
     if len(data) != _CHUNK.size + count * _STRIPE.size:
         raise BadStructureError("a chunk of the btrfs is damaged")
     stripes = (Stripe(devid, start) for devid, start, _ in _STRIPE.iter_unpack(data[_CHUNK.size :]))
-    return Chunk(place, size, profile, size // columns, tuple(stripes))
+    return Chunk(place, size, profile, size // columns, tuple(stripes), kind & sum(_CONTENTS))
 
 
 def _read_chunk_tree(devices: Mapping[int, Device], superblock: BtrfsSuperblock) -> Iterator[tuple[int, int, bytes]]:

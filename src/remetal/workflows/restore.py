@@ -20,8 +20,8 @@ from remetal.adapt import Adaptation, adapt_system
 from remetal.errors import RefusedError, RemetalError, UnfinishedError, UsageError
 from remetal.events import Note, Report, Step, silent
 from remetal.image.copy import restore_files
-from remetal.image.move import move_btrfs
 from remetal.image.restore import Written, read_image, restore_image, verify_image
+from remetal.image.shrink import Shrinking, restore_shrunk
 from remetal.layout.apply import Site, apply_step, need_no_twins, need_step_programs, opened_site
 from remetal.layout.disks import find_disks
 from remetal.layout.inventory import probe_inventory
@@ -34,7 +34,7 @@ from remetal.layout.partial import check_choice
 from remetal.layout.plan import ImageFacts, Plan, PlanOptions, Target, plan_restore
 from remetal.layout.record import decode_layout
 from remetal.layout.sameness import are_paths
-from remetal.layout.steps import CopyFiles, OpenContainer, WriteBootCode, WriteImage
+from remetal.layout.steps import CopyFiles, OpenContainer, ShrinkFileSystem, WriteBootCode, WriteImage, images_in
 from remetal.layout.targets import probe_target
 from remetal.layout.uses import describe_use, is_same_disk
 from remetal.repository import ImageRecord, Reader, RecipientKey, Repository, Snapshot, open_reader
@@ -162,7 +162,7 @@ def prepared_restore(
             need_no_twins(plan.steps, [Path(target.path) for target in targets.values()])
         keys: tuple[Key, ...] = ()
         if key is not None:
-            wanted = {step.image for step in plan.steps if isinstance(step, (WriteImage, CopyFiles))}
+            wanted = {each.image for step in plan.steps for each in images_in(step)}
             reader = open_reader(repository, key, snapshot)
             reader.verify_present([image for image in snapshot.images if image.volume in wanted])
             keys = _find_keys(plan, snapshot, reader, request.keys, ask)
@@ -360,6 +360,9 @@ def _write(prepared: Prepared, key: RecipientKey, site: Site, result: RestoreRep
             report(Step(f"Restoring {step.volume}"))
             span = Span(site.devices[step.device], step.start, step.size)
             result.volumes[step.volume] = _bring(step, reader, images[step.image], span, report)
+        elif isinstance(step, ShrinkFileSystem):
+            report(Step(f"Restoring and shrinking {step.volume.on}"))
+            result.volumes[step.volume.on] = _bring_shrunk(step, reader, images, site, report)
         else:
             result.structure_written += apply_step(step, site, report=report)
 
@@ -369,10 +372,26 @@ def _bring(step: WriteImage | CopyFiles, reader: Reader, image: ImageRecord, spa
     match step:
         case WriteImage():
             return restore_image(reader, image, span, part=step.volume, report=report)
-        case CopyFiles(method="files"):
-            return restore_files(reader, image, span, kind=step.type, part=step.volume, report=report)
         case CopyFiles():
-            return move_btrfs(reader, image, span, part=step.volume, report=report)
+            return restore_files(reader, image, span, kind=step.type, part=step.volume, report=report)
+
+
+def _bring_shrunk(
+    step: ShrinkFileSystem, reader: Reader, images: Mapping[SpaceId, ImageRecord], site: Site, report: Report
+) -> Written:
+    """Bring the images of a file system's devices onto smaller ones."""
+    devices = [
+        Shrinking(
+            part=each.volume,
+            number=each.number,
+            image=images[each.image],
+            span=site.span(each.volume),
+            before=each.before,
+            size=each.size,
+        )
+        for each in step.parts
+    ]
+    return restore_shrunk(reader, devices, report=report)
 
 
 def _verify(prepared: Prepared, key: RecipientKey, site: Site, report: Report) -> None:

@@ -1,27 +1,38 @@
 """btrfs, on one device or on several: every allocated extent of each device is captured, and goes back to its place.
 
-So profiles, subvolumes, snapshots and the default subvolume are what they were.
+So profiles, subvolumes, snapshots and the default subvolume are what they were. Where a device is too small for that,
+the file system shrinks on its way there (`remetal.image.shrink`), and keeps them as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import msgspec.structs
 
 from remetal.layout.layers.contract import Content, Found
+from remetal.layout.layers.remaking import UNKNOWN
+from remetal.layout.making import BtrfsMaking
 from remetal.layout.model import FileSystem, Part, SpaceId
-from remetal.ondisk.btrfs import BtrfsSuperblock, parse_btrfs
+from remetal.ondisk.btrfs import Allocation, BtrfsSuperblock, parse_btrfs, read_allocation
 from remetal.ondisk.regions import BadStructureError
 from remetal.system.blockdev import Span, open_disk
 from remetal.system.loop import attach_loop, probe_written
 from remetal.system.mounts import mounted
 from remetal.system.run import run
-from remetal.units import MIB, align_down
+from remetal.units import GIB, MIB, align_down, align_up, format_bytes
 
 _LEAST = 256 * MIB
 """The kernel gives a device no smaller size than this (fs/btrfs/ioctl.c)."""
+_RESERVED = MIB
+"""What chunks leave alone at the start of a device."""
+_SMALL = 50 * GIB
+"""Up to this size of all devices together, chunks of metadata have at most 256 MiB (fs/btrfs/space-info.c)."""
+_COLUMNS = {"raid0": (1, 0), "raid10": (2, 0), "raid5": (1, 1), "raid6": (1, 2)}
+"""How many copies a chunk has of everything and how much parity, where it spreads its content over all devices."""
+_STRIPE_STEP = 16 * MIB
+"""To which the kernel rounds the tenth of the file system that a chunk may take (fs/btrfs/volumes.c)."""
 
 TYPES: tuple[str, ...] = ("btrfs",)
 PROGRAMS: tuple[str, ...] = ("btrfs",)
@@ -67,6 +78,10 @@ def _describe(members: list[tuple[Content, BtrfsSuperblock]]) -> Found:
 
 
 def _layer(members: list[tuple[Content, BtrfsSuperblock]], newest: BtrfsSuperblock) -> FileSystem:
+    devices = {each.devid: (member.read, member.span.size) for member, each in members}
+    allocation = Allocation({}, frozenset())
+    with suppress(BadStructureError):  # without it the file system is captured all the same, but cannot shrink
+        allocation = read_allocation(devices, newest)
     return FileSystem(
         on=members[0][0].space,
         type="btrfs",
@@ -76,7 +91,16 @@ def _layer(members: list[tuple[Content, BtrfsSuperblock]], newest: BtrfsSuperblo
         uuid=newest.fsid,
         label=newest.label,
         features=newest.features,
-        parts=tuple(Part(space=member.space, number=each.devid, size=each.device_size) for member, each in members),
+        parts=tuple(
+            Part(
+                space=member.space,
+                number=each.devid,
+                size=each.device_size,
+                allocated=min(sum(size for _, size in allocation.extents.get(each.devid, ())), each.device_size),
+            )
+            for member, each in members
+        ),
+        making=BtrfsMaking(chunks=tuple(sorted(allocation.kinds))) if allocation.kinds else None,
     )
 
 
@@ -88,6 +112,52 @@ def plan_growth(volume: FileSystem, rooms: Mapping[SpaceId, int]) -> FileSystem:
 
 def _grown(part: Part, size: int) -> Part:
     return msgspec.structs.replace(part, size=size) if size > part.size and size >= _LEAST else part
+
+
+def plan_shrinking(volume: FileSystem, rooms: Mapping[SpaceId, int]) -> FileSystem | str:
+    """Return the file system with no device larger than its space, or the sentence why it cannot be had so small."""
+    if not isinstance(volume.making, BtrfsMaking):
+        return UNKNOWN
+    parts = tuple(_shrunk(part, align_down(rooms[part.space], volume.block_size)) for part in volume.parts)
+    for part in parts:
+        needed = part.allocated + _RESERVED + _elbow_room(volume, volume.making)
+        if part.size < needed:
+            return (
+                f"what it has allocated on {part.space}, and some room to move that, take {format_bytes(needed)} "
+                f"({needed} bytes) there, and there would be {format_bytes(part.size)}"
+            )
+        if part.size < _LEAST and part not in volume.parts:
+            return f"no device of a btrfs can shrink below {format_bytes(_LEAST)}, and {part.space} would have to"
+    return msgspec.structs.replace(volume, parts=parts, size=sum(part.size for part in parts))
+
+
+def least_size(volume: FileSystem, part: Part) -> int:
+    """Return the least bytes that a space needs for one of the devices, if the file system shrinks."""
+    if not isinstance(volume.making, BtrfsMaking):
+        return part.size
+    needed = max(part.allocated + _RESERVED + _elbow_room(volume, volume.making), _LEAST)
+    return min(part.size, align_up(needed, volume.block_size))
+
+
+def _shrunk(part: Part, size: int) -> Part:
+    return msgspec.structs.replace(part, size=min(part.size, size))
+
+
+def _elbow_room(volume: FileSystem, making: BtrfsMaking) -> int:
+    """Return what has to be free on a device for its chunks to be moved: one more chunk of each kind.
+
+    Chunks move whole into free places, of which there are enough if all that is allocated fits; but each kind may
+    have begun a chunk that it does not fill. Source: fs/btrfs/volumes.c, `decide_stripe_size_regular`.
+    """
+    sizes = {"data": GIB, "metadata": 256 * MIB if volume.size <= _SMALL else GIB, "system": 32 * MIB}
+    room = 0
+    for kind in making.chunks:
+        content, _, profile = kind.partition(" ")
+        copies, parities = _COLUMNS.get(profile, (len(volume.parts), 0))
+        columns = max(len(volume.parts) // copies - parities, 1)
+        stripe = min(sizes[content], align_up(volume.size // 10 // columns, _STRIPE_STEP))
+        room += stripe * (2 if profile == "dup" else 1)
+    return room
 
 
 def apply_growth(volume: FileSystem, spans: Mapping[SpaceId, Span]) -> int:

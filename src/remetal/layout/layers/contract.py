@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 from remetal.errors import RemetalError
 from remetal.layout.keys import Key
-from remetal.layout.model import Container, FileSystem, SpaceId, Table, Volume
+from remetal.layout.model import Container, FileSystem, Part, SpaceId, Table, Volume
 from remetal.ondisk.regions import Read
 from remetal.system.blockdev import Span
 
@@ -87,6 +87,15 @@ class SpanningKind(Protocol):
 
     def plan_growth(self, volume: FileSystem, rooms: Mapping[SpaceId, int]) -> FileSystem:
         """Return the file system as it will be when it has grown into these rooms, in bytes; itself if it cannot."""
+
+    def plan_shrinking(self, volume: FileSystem, rooms: Mapping[SpaceId, int]) -> FileSystem | str:
+        """Return the file system as it will be in these rooms, some of which are too small for it as it is.
+
+        Or return the sentence why it cannot be.
+        """
+
+    def least_size(self, volume: FileSystem, part: Part) -> int:
+        """Return the bytes that a space needs for one of its devices at least, if it shrinks."""
 
     def apply_growth(self, volume: FileSystem, spans: Mapping[SpaceId, Span]) -> int:
         """Let the file system on `spans` grow to what `volume` says; return the bytes written.

@@ -66,7 +66,6 @@ def plan_remake(volume: FileSystem, making: Making | None, space: int, sector: i
     size = align_down(space, block)
     return fits(
         Remake(
-            method="files",
             needed=needed,
             size=max(size - min(shape.group, size // 4), block),
             block_size=block,

@@ -40,7 +40,6 @@ def plan_remake(volume: FileSystem, making: Making | None, space: int, sector: i
         words += ["-l", volume.label]
     return fits(
         Remake(
-            method="files",
             needed=least_size(data, _overhead, _BLOCK),
             size=max(align_down(space, _BLOCK) * 63 // 64 - 4 * MIB, _BLOCK),
             block_size=_BLOCK,

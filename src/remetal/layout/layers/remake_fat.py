@@ -37,7 +37,6 @@ def plan_vfat(volume: FileSystem, making: Making | None, space: int, sector: int
         bits = 12
     return fits(
         Remake(
-            method="files",
             needed=needed,
             size=max(space - space // 64 - MIB, cluster),
             block_size=cluster,
@@ -81,7 +80,6 @@ def plan_exfat(volume: FileSystem, making: Making | None, space: int, sector: in
     serial = ("tune.exfat", "-I", f"0x{volume.uuid.replace('-', '')}")
     return fits(
         Remake(
-            method="files",
             needed=needed,
             size=max(space - space // 64 - 4 * MIB, cluster),
             block_size=cluster,

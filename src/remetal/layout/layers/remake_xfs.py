@@ -53,7 +53,6 @@ def plan_remake(volume: FileSystem, making: Making | None, space: int, sector: i
     needed = max(least_size(data, shape.overhead, shape.block), _LEAST)
     return fits(
         Remake(
-            method="files",
             needed=needed,
             size=max(align_down(space, shape.block) * 63 // 64, shape.block),
             block_size=shape.block,

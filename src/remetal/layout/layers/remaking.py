@@ -16,8 +16,6 @@ class Remake(Struct, frozen=True, kw_only=True):
     that it will have, `features` what it is asked for. `losses` are sentences about what cannot be kept.
     """
 
-    method: str
-    """`files`: made by `commands`, then files are copied. `moved`: it moves itself, as it is, onto the space."""
     needed: int
     size: int
     block_size: int
