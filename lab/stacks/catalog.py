@@ -431,6 +431,7 @@ _MIRROR = Stack(
         FileSystem("md/root", "ext4", "root"),
         Swap("md/swap", "swap"),
     ),
+    grows=("md/root",),
     more=(
         Variant("swapped disks", _disks(2, 192), order=(1, 0)),
         Variant(
@@ -610,6 +611,7 @@ _LVM = (
             FileSystem("vg/root", "ext4", "root"),
             ClassicSnapshot("vg", "before", "root", 40),
         ),
+        refusals={SMALLER: "too small"},
     ),
     Stack(
         "guest-in-volume",

@@ -28,7 +28,8 @@ class Table(Layer):
     def open(self, machine: Machine) -> None:
         machine.settle()  # a disk that udev is looking at is busy
         if machine.is_mapped(self.on):
-            argv = ["losetup", "--find", "--show", "--partscan"]
+            sector = machine.run("blockdev", "--getss", machine.path(self.on)).strip()
+            argv = ["losetup", "--find", "--show", "--partscan", "--sector-size", sector]
             machine.loops[self.on] = Path(machine.run(*argv, machine.path(self.on)).strip())
         else:
             machine.run("blockdev", "--rereadpt", machine.path(self.on))

@@ -400,12 +400,21 @@ class _Fitter:
             return table
         behind = plain[index + 1 :]
         spaces = [f"{table.on}:{each.number}" for each in behind]
-        obstacles = [space for space in spaces if not isinstance(self.layout.layer_on(space), Swap)]
+        obstacles = [space for space in spaces if not self._is_swap(space)]
         if obstacles:
             self.blocked[table.on] = obstacles[-1]
             return table
         self.moved += spaces
         return msgspec.structs.replace(table, partitions=_shift(table, plain[index], room, end))
+
+    def _is_swap(self, space: SpaceId) -> bool:
+        """Whether there is nothing but swap on a space, be it in an array or a container."""
+        layer = self.layout.layer_on(space)
+        match layer:
+            case MdArray() | VolumeGroup() | Luks():
+                return all(map(self._is_swap, device_names(layer)))
+            case _:
+                return isinstance(layer, Swap)
 
     def _find_growing(self, table: Table, plain: Sequence[Partition], room: int) -> int | None:
         """Return the index of the last partition with something that can grow."""

@@ -21,6 +21,7 @@ from remetal.layout.model import (
     Layout,
     MbrTable,
     MdArray,
+    Raw,
     VolumeGroup,
 )
 from remetal.layout.sameness import is_same_disk_by_serial, is_same_disk_by_wwn
@@ -149,6 +150,8 @@ def find_marks(layout: Layout, name: str) -> frozenset[str]:
             return frozenset({layer.uuid.replace(":", "")})
         case VolumeGroup():
             return frozenset(each.uuid for each in layer.members if each.space == name)
+        case Raw(type="linux_raid_member"):
+            return frozenset({layer.uuid.replace("-", "")} - {""})
         case _:
             return frozenset({getattr(layer, "uuid", "")} - {""})
 

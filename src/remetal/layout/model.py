@@ -301,11 +301,12 @@ class Swap(Struct, frozen=True, kw_only=True, tag_field="layer", tag="swap"):
 
 
 class Raw(Struct, frozen=True, kw_only=True, tag_field="layer", tag="raw"):
-    """Content that remetal does not know, or need not know: copied whole. `type` is blkid's name, or empty."""
+    """Content that remetal does not know, or need not know: copied whole. `type` and `uuid` are what blkid calls it."""
 
     on: SpaceId
     size: int
     type: str = ""
+    uuid: str = ""
 
 
 Table: TypeAlias = GptTable | MbrTable

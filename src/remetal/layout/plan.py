@@ -364,6 +364,13 @@ def _plan_notes(layout: Layout, result: Layout, fit: Fit, targets: Mapping[str, 
         device = result.place(space)[0].name
         place = targets[device].path if device in targets else device
         yield f"{space} moves to the end of {place}, behind what grows; its UUID stays"
+    for table in (layer for layer in result.layers if isinstance(layer, (GptTable, MbrTable))):
+        sector, before = result.devices[table.on].logical_sector, layout.devices.get(table.on)
+        if table.on not in targets and before is not None and sector != before.logical_sector:
+            yield (
+                f"the partition table of {table.on} is now for sectors of {sector} bytes; a virtual machine that uses "
+                "it has to be told of them"
+            )
     for volume in result.volumes():
         for loss in fit.remade[volume.on].losses if volume.on in fit.remade else ():
             yield f"{volume.on}: {loss}"

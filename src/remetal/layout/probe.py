@@ -136,7 +136,7 @@ class _Walk:
             while self._open_next(opening):
                 pass
         for member in self.members:
-            self.layers.append(_probe_raw(member.space, member.span.size, member.type, self.report))
+            self.layers.append(_probe_raw(member.space, member.span.size, member.type, member.uuid, self.report))
         check_layout(self._layout())
         return Probed(self._layout(), self.devices, tuple(self.problems))
 
@@ -196,7 +196,7 @@ class _Walk:
         except (CannotOpenError, ImpossibleLayoutError) as error:
             self.report(Warn(f"{error.message}; it is captured whole, as it is", hint=error.hint))
             for member in taken:
-                self.layers.append(Raw(on=member.space, size=member.span.size, type=member.type))
+                self.layers.append(_raw(member.space, member.span.size, member.type, member.uuid))
             return
         self.layers.append(layer)
         known = self._layout().devices
@@ -220,7 +220,7 @@ def _probe_device(io: DiskIO, device: Disk | Device, report: Report) -> tuple[Di
     whole = Span(io.path, 0, device.size)
     signature = probe_signature(whole)
     if _FOREIGN_ARRAY.fullmatch(signature.type):
-        return device, [_probe_raw(device.name, device.size, signature.type, report)]
+        return device, [_probe_raw(device.name, device.size, signature.type, signature.uuid, report)]
     try:
         found = None if signature.is_content else _probe_table(io, device)
     except BadStructureError as error:
@@ -301,11 +301,11 @@ def _probe_content(io: DiskIO, span: Span, space: str, signature: Signature, rep
     if signature.ambiguous:
         report(Warn(f"{space} carries the marks of several contents and is captured whole"))
         return Raw(on=space, size=span.size)
-    content = Content(space, span, io.reader(span.start), signature.type, signature.label)
+    content = Content(space, span, io.reader(span.start), signature.type, signature.label, signature.uuid)
     if any(signature.type in kind.TYPES for kind in GROUPS):
         return content
     if signature.type not in VOLUMES:
-        return _probe_raw(space, span.size, signature.type, report)
+        return _probe_raw(space, span.size, signature.type, signature.uuid, report)
     try:
         volume = probe_volume(content)
         if volume.size > span.size:
@@ -317,7 +317,7 @@ def _probe_content(io: DiskIO, span: Span, space: str, signature: Signature, rep
                 hint="Check it with its own tools.",
             )
         )
-        return Raw(on=space, size=span.size, type=signature.type)
+        return _raw(space, span.size, signature.type, signature.uuid)
     if signature.type == "swsuspend":
         report(
             Warn(
@@ -328,9 +328,15 @@ def _probe_content(io: DiskIO, span: Span, space: str, signature: Signature, rep
     return volume
 
 
-def _probe_raw(space: str, size: int, kind: str, report: Report) -> Raw:
+def _probe_raw(space: str, size: int, kind: str, uuid: str, report: Report) -> Raw:
     report(Note(f"{space} holds {kind or 'unknown content'}, which is captured whole{foreign.describe(kind)}"))
-    return Raw(on=space, size=size, type=re.sub(r"[^A-Za-z0-9_.+-]", "_", kind)[:64])
+    return _raw(space, size, kind, uuid)
+
+
+def _raw(space: str, size: int, kind: str, uuid: str) -> Raw:
+    plain = re.sub(r"[^A-Za-z0-9_.+-]", "_", kind)[:64]
+    identity = re.sub(r"[^A-Za-z0-9-]", "", uuid)[:64].lstrip("-")
+    return Raw(on=space, size=size, type=plain, uuid=identity)
 
 
 def _has_no_data(io: DiskIO) -> bool:

@@ -339,7 +339,7 @@ def _check_disk(disk: Disk) -> None:
 
 def _is_possible(volume: Volume) -> bool:
     if isinstance(volume, Raw):
-        return volume.type == "" or _matches(_KIND, volume.type)
+        return _matches(_IDENTITY, volume.uuid) and (volume.type == "" or _matches(_KIND, volume.type))
     if not _matches(_IDENTITY, volume.uuid) or not _is_label(volume.label):
         return False
     if isinstance(volume, Swap):

@@ -184,28 +184,14 @@ def _probe_content(path: Path) -> _Content:
     name = layout.disks[0].name
     if looks_blank(layout, name, path):
         return _Content()
-    table = layout.layer_on(name)
-    marks = find_marks(layout, name) | (
-        _find_member_mark(path, layout.disks[0].size) if isinstance(table, Raw) else set()
-    )
-    return _Content(
-        describe_content(layout, name),
-        tuple(sorted(marks)),
-        find_table(layout, name),
-    )
+    marks = tuple(sorted(find_marks(layout, name)))
+    return _Content(describe_content(layout, name), marks, find_table(layout, name))
 
 
 def find_table(layout: Layout, name: SpaceId) -> Table | None:
     """Return the partition table of a disk, or None."""
     table = layout.layer_on(name)
     return table if isinstance(table, (GptTable, MbrTable)) else None
-
-
-def _find_member_mark(path: Path, size: int) -> set[str]:
-    """Return what a member of a container is known by, as `find_marks` does for one that was opened."""
-    found = probe_signature(Span(path, 0, size))
-    uuid = found.uuid.replace("-", "") if found.type == "linux_raid_member" else found.uuid
-    return {uuid} - {""}
 
 
 def describe_content(layout: Layout, name: SpaceId) -> str:

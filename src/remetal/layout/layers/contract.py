@@ -21,7 +21,7 @@ ContainerT = TypeVar("ContainerT", bound=Container)
 class Content:
     """What a probe looks at: a space, its bytes, and what blkid says about it.
 
-    `read` counts from the start of the space; `type` and `label` are empty where blkid found nothing.
+    `read` counts from the start of the space; `type`, `label` and `uuid` are empty where blkid found nothing.
     """
 
     space: SpaceId
@@ -29,6 +29,7 @@ class Content:
     read: Read
     type: str = ""
     label: str = ""
+    uuid: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,4 +8,4 @@ from remetal.layout.model import Raw
 
 def probe_volume(content: Content) -> Raw:
     """Describe the space as bytes."""
-    return Raw(on=content.space, size=content.span.size, type=content.type)
+    return Raw(on=content.space, size=content.span.size, type=content.type, uuid=content.uuid)
