@@ -506,9 +506,11 @@ def check_planned(
 def is_not_mistaken_for_its_copy(bench: Bench) -> None:
     """While it is open, a copy of its members on other disks is another container, or cannot be opened."""
     container, spans = bench.container, dict(bench.spans)
-    if len(spans) > 2:
+    taken = {span.path for span in spans.values()}
+    free = [disk for disk in map(_disk, range(DISKS)) if disk not in taken]
+    if len(free) < len(spans):
         return
-    copies = {name: Span(_disk(index + 2), START, span.size) for index, (name, span) in enumerate(spans.items())}
+    copies = {name: Span(disk, START, span.size) for disk, (name, span) in zip(free, spans.items(), strict=False)}
     for name, span in spans.items():
         with open_disk(span.path) as source, open_disk(copies[name].path, writable=True) as target:
             target.write(source.read(span.start, span.size), START)
