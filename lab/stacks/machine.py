@@ -73,8 +73,12 @@ class Machine:
         return path
 
     def settle(self) -> None:
-        """Wait until udev has seen everything."""
-        self.run("udevadm", "settle")
+        """Wait until udev has seen everything; it may drop a question that comes while it answers another one."""
+        try:
+            self.run("udevadm", "settle")
+        except LabFailedError:
+            time.sleep(0.5)
+            self.run("udevadm", "settle")
 
     def wait_for(self, path: Path) -> None:
         """Wait until a device is there. Raises LabFailedError after a while."""
