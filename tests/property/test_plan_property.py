@@ -251,6 +251,9 @@ def test_everything_that_was_there_is_there_again(
                 assert not changed
         elif isinstance(before, FileSystem) and isinstance(after, FileSystem):
             assert after == before or (before.on in found.grown and after.size > before.size)
+        elif isinstance(before, Swap) and isinstance(after, Swap):
+            assert (after.uuid, after.label, after.page_size) == (before.uuid, before.label, before.page_size)
+            assert before.size // 2 <= after.size <= before.size
         else:
             assert after == before
     for space in found.grown:
