@@ -897,9 +897,23 @@ _RECOGNISED = (
         refusals={"backup": "multipath"},
         without=VARIANTS,
     ),
-    Stack("zfs", "The label of a ZFS pool's disk", _disks(1, 96), (_one("a"), Mark("a:1", "zfs_member"))),
-    Stack("drbd", "The metadata of DRBD", _disks(1, 96), (_one("a"), Mark("a:1", "drbd"))),
-    Stack("bitlocker", "A BitLocker volume", _disks(1, 96), (_one("a"), Mark("a:1", "BitLocker"))),
+    Stack(
+        "zfs",
+        "The label of a ZFS pool's disk",
+        _disks(1, 96),
+        (_one("a"), Mark("a:1", "zfs_member")),
+        refusals={SMALLER: "too small"},
+    ),
+    Stack(
+        "drbd", "The metadata of DRBD", _disks(1, 96), (_one("a"), Mark("a:1", "drbd")), refusals={SMALLER: "too small"}
+    ),
+    Stack(
+        "bitlocker",
+        "A BitLocker volume",
+        _disks(1, 96),
+        (_one("a"), Mark("a:1", "BitLocker")),
+        refusals={SMALLER: "too small"},
+    ),
 )
 
 STACKS = {
