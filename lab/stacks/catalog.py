@@ -882,12 +882,14 @@ _RECOGNISED = (
         "bcache: a backing disk and its cache",
         (Disk(160), Disk(96)),
         (Bcache("a", "b"), FileSystem("bcache0", "ext4", "cached")),
+        refusals={SMALLER: "too small"},
     ),
     Stack(
         "dm-integrity",
         "dm-integrity by itself",
         _disks(1, 96),
         (_one("a"), Integrity("a:1"), FileSystem("a:1:integrity", "ext4", "summed")),
+        refusals={SMALLER: "too small"},
     ),
     Stack(
         "multipath",
