@@ -876,6 +876,12 @@ _NESTED = (
     ),
 )
 
+
+def _marked(name: str, about: str, mark: Mark) -> Stack:
+    """Return a stack that is nothing but what its type is known by: nobody can make the real one here."""
+    return Stack(name, about, _disks(1, 96), (_one("a"), mark), refusals={SMALLER: "too small"})
+
+
 _RECOGNISED = (
     Stack(
         "bcache",
@@ -899,23 +905,9 @@ _RECOGNISED = (
         refusals={"backup": "multipath"},
         without=VARIANTS,
     ),
-    Stack(
-        "zfs",
-        "The label of a ZFS pool's disk",
-        _disks(1, 96),
-        (_one("a"), Mark("a:1", "zfs_member")),
-        refusals={SMALLER: "too small"},
-    ),
-    Stack(
-        "drbd", "The metadata of DRBD", _disks(1, 96), (_one("a"), Mark("a:1", "drbd")), refusals={SMALLER: "too small"}
-    ),
-    Stack(
-        "bitlocker",
-        "A BitLocker volume",
-        _disks(1, 96),
-        (_one("a"), Mark("a:1", "BitLocker")),
-        refusals={SMALLER: "too small"},
-    ),
+    _marked("zfs", "The label of a ZFS pool's disk", Mark("a:1", "zfs_member")),
+    _marked("drbd", "The metadata of DRBD", Mark("a:1", "drbd")),
+    _marked("bitlocker", "A BitLocker volume", Mark("a:1", "BitLocker")),
 )
 
 STACKS = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from remetal.errors import RefusedError, RemetalError
 from remetal.layout.disks import find_covered
-from remetal.layout.identity import find_kernel_name, find_own_name, find_parts, probe_disk
+from remetal.layout.identity import find_kernel_name, find_parts, probe_disk
 from remetal.layout.matching import IS_MEDIUM, find_marks
 from remetal.layout.model import (
     Disk,
@@ -133,7 +133,7 @@ def _probe_device(place: Path) -> Target:
     kernel_name = find_kernel_name(place)
     if Path("/sys/class/block", kernel_name, "partition").exists():
         raise RefusedError(f"{place} is a partition, and a restore needs a whole disk", hint="Name its disk.")
-    name = name_disks([place], {place: find_own_name(kernel_name)})[place]
+    name = name_disks([place], {})[place]
     uses = [*_find_stand_in(place, kernel_name), *map(str, describe_use(place))]
     content, is_medium = _Content(), False
     try:

@@ -97,10 +97,7 @@ def extensible_devices(layer: VolumeGroup) -> tuple[SpaceId, ...]:
 
     A linear volume takes them wherever they are, one with several tracks where each of these can have as many.
     """
-    group = _parse(layer.metadata)
-    able = [
-        each for each in layer.volumes if each.captured and (each.kind == "linear" or _has_tracks(group, each.name))
-    ]
+    able = _resizable(layer, _parse(layer.metadata))
     return tuple(f"{layer.name}/{each.name}" for each in sorted(able, key=lambda each: (-each.size, each.name)))
 
 

@@ -296,7 +296,7 @@ def apply_container(layer: MdArray, members: Mapping[SpaceId, Span]) -> int:
 
 
 def _mark_members(layer: MdArray, devices: Mapping[SpaceId, Path], array: Path) -> None:
-    """Mark the members that are read last, or given up at the first failure (md.rst, dev-XXX/state)."""
+    """Mark the members that are read last, or given up at the first failure (md.rst, dev-NAME/state)."""
     for each in layer.members:
         state = Path(
             "/sys/class/block", array.name, "md", f"dev-{devices[each.space].name}" if each.space else "-", "state"
