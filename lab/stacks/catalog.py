@@ -877,9 +877,9 @@ _NESTED = (
 )
 
 
-def _marked(name: str, about: str, mark: Mark) -> Stack:
+def _marked(name: str, about: str, mark: Mark, **refusals: str) -> Stack:
     """Return a stack that is nothing but what its type is known by: nobody can make the real one here."""
-    return Stack(name, about, _disks(1, 96), (_one("a"), mark), refusals={SMALLER: "too small"})
+    return Stack(name, about, _disks(1, 96), (_one("a"), mark), refusals={SMALLER: "too small", **refusals})
 
 
 _RECOGNISED = (
@@ -888,7 +888,7 @@ _RECOGNISED = (
         "bcache: a backing disk and its cache",
         (Disk(160), Disk(96)),
         (Bcache("a", "b"), FileSystem("bcache0", "ext4", "cached")),
-        refusals={SMALLER: "too small"},
+        refusals={SMALLER: "too small", SECTORS: "sectors of 4096"},
     ),
     Stack(
         "dm-integrity",
@@ -907,7 +907,7 @@ _RECOGNISED = (
     ),
     _marked("zfs", "The label of a ZFS pool's disk", Mark("a:1", "zfs_member")),
     _marked("drbd", "The metadata of DRBD", Mark("a:1", "drbd")),
-    _marked("bitlocker", "A BitLocker volume", Mark("a:1", "BitLocker")),
+    _marked("bitlocker", "A BitLocker volume", Mark("a:1", "BitLocker"), sectors="sectors of 4096"),
 )
 
 STACKS = {

@@ -46,7 +46,8 @@ def a_multipath_disk_is_one_disk() -> None:
     assert root.label == "root"
     for path in (FIRST, SECOND):
         assert (
-            "it is a part of /dev/dm-0, which is to be named in its place" in probe_target(path, size_if_missing=0).uses
+            "it is a path of the multipath device /dev/dm-0, which is to be named in its place"
+            in probe_target(path, size_if_missing=0).uses
         )
     whole = probe_target(MULTIPATH, size_if_missing=0)
     assert (whole.name, whole.uses, whole.content) == (
@@ -91,7 +92,11 @@ def a_firmware_raid_is_one_disk() -> None:
     data = layout.layer_on("md126")
     assert isinstance(data, FileSystem)
     assert data.label == "data"
-    assert probe_target(LEFT, size_if_missing=0).uses[0].startswith("it is a part of /dev/md126")
+    assert (
+        probe_target(LEFT, size_if_missing=0)
+        .uses[0]
+        .startswith("it is a member of the firmware RAID volume /dev/md126")
+    )
     assert probe_target(volume, size_if_missing=0).uses == ()
     for each in ("/dev/md126", "/dev/md127"):
         program("mdadm", "--stop", each)

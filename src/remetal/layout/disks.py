@@ -52,6 +52,16 @@ def find_covered(sys: Path = SYS) -> dict[str, str]:
     return covered
 
 
+def describe_stand_in(path: Path, sys: Path = SYS) -> str:
+    """Return that a disk must not be used by itself, because another device stands for it; nothing if none does."""
+    name = find_kernel_name(path)
+    stand_in = find_covered(sys).get(name, "") if is_block_device(path) else ""
+    if not find_parts(stand_in, sys):
+        return ""
+    what = "a path of the multipath device" if stand_in.startswith("dm-") else "a member of the firmware RAID volume"
+    return f"it is {what} {_device(stand_in)}, which is to be named in its place"
+
+
 def find_system_disks() -> list[Path]:
     """Return the disks that the running system uses: those under its own mounts, those in fstab, and its swap.
 
@@ -83,6 +93,11 @@ def check_capturable(layout: Layout, devices: Mapping[SpaceId, Path]) -> None:
         _check_end(disk, devices[disk.name])
     found = []
     for disk in layout.disks:
+        stand_in = describe_stand_in(devices[disk.name])
+        if stand_in:
+            raise RefusedError(
+                f"{devices[disk.name]} cannot be captured by itself: {stand_in}", hint="List disks: `remetal probe`."
+            )
         for use in describe_use(devices[disk.name]):
             space = _space_of(use, layout, devices, disk.name)
             harmless = (use.what == "swap" and isinstance(layout.layer_on(space), Swap)) or (
@@ -192,4 +207,4 @@ def _number_in(path: Path) -> int:
         return 0
 
 
-__all__ = ["Use", "check_capturable", "describe_use", "find_disks", "find_system_disks"]
+__all__ = ["Use", "check_capturable", "describe_stand_in", "describe_use", "find_disks", "find_system_disks"]

@@ -33,6 +33,7 @@ from remetal.layout.model import (
     MbrTable,
     MdArray,
     Partition,
+    Raw,
     SpaceId,
     Swap,
     Table,
@@ -152,8 +153,10 @@ class _Fitter:
                 size = min(layer.size, max(self.rooms[layer.on], _least_swap(layer)))
                 self._check_room(layer.on, size)
                 return msgspec.structs.replace(layer, size=align_down(size, layer.page_size))
-            case _:
+            case Raw():
                 self._check_room(layer.on, layer.size)
+                if layer.sector:
+                    self._check_sectors(f"the {layer.type}", layer.on, (layer.sector,))
                 return layer
 
     def _check_room(self, space: SpaceId, needed: int) -> None:
@@ -262,7 +265,7 @@ class _Fitter:
             raise RefusedError(
                 f"{what} on {space} cannot lie on a disk with sectors of {self._sector(space)} bytes: "
                 "it has smaller parts",
-                hint="Choose a target with smaller sectors.",
+                hint="Choose a target with smaller sectors, or leave it out (--only).",
             )
 
     def _suits(self, space: SpaceId, places: Sequence[int]) -> bool:

@@ -301,12 +301,16 @@ class Swap(Struct, frozen=True, kw_only=True, tag_field="layer", tag="swap"):
 
 
 class Raw(Struct, frozen=True, kw_only=True, tag_field="layer", tag="raw"):
-    """Content that remetal does not know, or need not know: copied whole. `type` and `uuid` are what blkid calls it."""
+    """Content that remetal does not know, or need not know: copied whole. `type` and `uuid` are what blkid calls it.
+
+    `sector` is the largest sector of a disk that its own system opens it on, in bytes; 0 if that is not known.
+    """
 
     on: SpaceId
     size: int
     type: str = ""
     uuid: str = ""
+    sector: int = 0
 
 
 Table: TypeAlias = GptTable | MbrTable

@@ -365,8 +365,8 @@ def _plan_notes(layout: Layout, result: Layout, fit: Fit, targets: Mapping[str, 
         place = targets[device].path if device in targets else device
         yield f"{space} moves to the end of {place}, behind what grows; its UUID stays"
     for table in (layer for layer in result.layers if isinstance(layer, (GptTable, MbrTable))):
-        sector, before = result.devices[table.on].logical_sector, layout.devices.get(table.on)
-        if table.on not in targets and before is not None and sector != before.logical_sector:
+        sector, source = result.devices[table.on].logical_sector, layout.devices.get(table.on)
+        if table.on not in targets and source is not None and sector != source.logical_sector:
             yield (
                 f"the partition table of {table.on} is now for sectors of {sector} bytes; a virtual machine that uses "
                 "it has to be told of them"
@@ -376,6 +376,13 @@ def _plan_notes(layout: Layout, result: Layout, fit: Fit, targets: Mapping[str, 
             yield f"{volume.on}: {loss}"
         if isinstance(volume, Swap):
             yield f"{volume.on} is swap space, made anew with its UUID; what was swapped out does not come back"
+        if isinstance(volume, Raw) and volume.type and not volume.sector:
+            before, after = (each.place(volume.on)[0].logical_sector for each in (layout, result))
+            if after > before:
+                yield (
+                    f"{volume.on} ({volume.type}) comes byte for byte from a disk with sectors of {before} bytes to "
+                    f"one with {after}; whether it opens there only its own system knows"
+                )
 
 
 def _plan_warnings(result: Layout, targets: Mapping[str, Target]) -> Iterator[str]:

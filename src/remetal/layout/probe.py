@@ -21,7 +21,7 @@ from remetal.errors import RefusedError
 from remetal.events import Note, Report, Warn, silent
 from remetal.layout.identity import find_kernel_name, find_own_name, probe_disk
 from remetal.layout.keys import Key
-from remetal.layout.layers import GROUPS, TABLES, VOLUMES, foreign, probe_volume
+from remetal.layout.layers import GROUPS, TABLES, VOLUMES, foreign, probe_volume, raw
 from remetal.layout.layers.contract import CannotOpenError, Content, Found
 from remetal.layout.model import (
     BIOS_BOOT,
@@ -136,7 +136,7 @@ class _Walk:
             while self._open_next(opening):
                 pass
         for member in self.members:
-            self.layers.append(_probe_raw(member.space, member.span.size, member.type, member.uuid, self.report))
+            self.layers.append(_probe_raw(member, self.report))
         check_layout(self._layout())
         return Probed(self._layout(), self.devices, tuple(self.problems))
 
@@ -195,8 +195,7 @@ class _Walk:
             opened = self.stack.enter_context(open_container(layer, self._with(layer), self.devices, keys=keys))
         except (CannotOpenError, ImpossibleLayoutError) as error:
             self.report(Warn(f"{error.message}; it is captured whole, as it is", hint=error.hint))
-            for member in taken:
-                self.layers.append(_raw(member.space, member.span.size, member.type, member.uuid))
+            self.layers += [raw.probe_volume(member) for member in taken]
             return
         self.layers.append(layer)
         known = self._layout().devices
@@ -220,7 +219,7 @@ def _probe_device(io: DiskIO, device: Disk | Device, report: Report) -> tuple[Di
     whole = Span(io.path, 0, device.size)
     signature = probe_signature(whole)
     if _FOREIGN_ARRAY.fullmatch(signature.type):
-        return device, [_probe_raw(device.name, device.size, signature.type, signature.uuid, report)]
+        return device, [_probe_raw(_content(io, whole, device.name, signature), report)]
     try:
         found = None if signature.is_content else _probe_table(io, device)
     except BadStructureError as error:
@@ -301,11 +300,11 @@ def _probe_content(io: DiskIO, span: Span, space: str, signature: Signature, rep
     if signature.ambiguous:
         report(Warn(f"{space} carries the marks of several contents and is captured whole"))
         return Raw(on=space, size=span.size)
-    content = Content(space, span, io.reader(span.start), signature.type, signature.label, signature.uuid)
+    content = _content(io, span, space, signature)
     if any(signature.type in kind.TYPES for kind in GROUPS):
         return content
     if signature.type not in VOLUMES:
-        return _probe_raw(space, span.size, signature.type, signature.uuid, report)
+        return _probe_raw(content, report)
     try:
         volume = probe_volume(content)
         if volume.size > span.size:
@@ -317,7 +316,7 @@ def _probe_content(io: DiskIO, span: Span, space: str, signature: Signature, rep
                 hint="Check it with its own tools.",
             )
         )
-        return _raw(space, span.size, signature.type, signature.uuid)
+        return raw.probe_volume(content)
     if signature.type == "swsuspend":
         report(
             Warn(
@@ -328,15 +327,14 @@ def _probe_content(io: DiskIO, span: Span, space: str, signature: Signature, rep
     return volume
 
 
-def _probe_raw(space: str, size: int, kind: str, uuid: str, report: Report) -> Raw:
-    report(Note(f"{space} holds {kind or 'unknown content'}, which is captured whole{foreign.describe(kind)}"))
-    return _raw(space, size, kind, uuid)
+def _content(io: DiskIO, span: Span, space: str, signature: Signature) -> Content:
+    return Content(space, span, io.reader(span.start), signature.type, signature.label, signature.uuid)
 
 
-def _raw(space: str, size: int, kind: str, uuid: str) -> Raw:
-    plain = re.sub(r"[^A-Za-z0-9_.+-]", "_", kind)[:64]
-    identity = re.sub(r"[^A-Za-z0-9-]", "", uuid)[:64].lstrip("-")
-    return Raw(on=space, size=size, type=plain, uuid=identity)
+def _probe_raw(content: Content, report: Report) -> Raw:
+    what = f"{content.type or 'unknown content'}, which is captured whole{foreign.describe(content.type)}"
+    report(Note(f"{content.space} holds {what}"))
+    return raw.probe_volume(content)
 
 
 def _has_no_data(io: DiskIO) -> bool:

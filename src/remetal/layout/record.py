@@ -338,15 +338,16 @@ def _check_disk(disk: Disk) -> None:
 
 
 def _is_possible(volume: Volume) -> bool:
+    good_sector = isinstance(volume, Swap) or volume.sector == 0 or volume.sector in _POWERS
     if isinstance(volume, Raw):
-        return _matches(_IDENTITY, volume.uuid) and (volume.type == "" or _matches(_KIND, volume.type))
+        return good_sector and _matches(_IDENTITY, volume.uuid) and (not volume.type or _matches(_KIND, volume.type))
     if not _matches(_IDENTITY, volume.uuid) or not _is_label(volume.label):
         return False
     if isinstance(volume, Swap):
         page = volume.page_size
         return page in SWAP_PAGES and volume.size >= 10 * page and len(volume.label.encode()) <= 16
     used, block = 0 <= volume.used <= volume.size, 512 <= volume.block_size <= volume.size
-    sectors = block and volume.block_size in _POWERS and (volume.sector == 0 or volume.sector in _POWERS)
+    sectors = block and volume.block_size in _POWERS and good_sector
     features = len(volume.features) <= _MAX_FEATURES and all(_matches(_FEATURE, each) for each in volume.features)
     made = volume.making is None or is_possible_making(volume.making)
     return used and sectors and features and made and _matches(_KIND, volume.type)

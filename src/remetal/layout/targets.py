@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from remetal.errors import RefusedError, RemetalError
-from remetal.layout.disks import find_covered
-from remetal.layout.identity import find_kernel_name, find_parts, probe_disk
+from remetal.layout.disks import describe_stand_in
+from remetal.layout.identity import find_kernel_name, probe_disk
 from remetal.layout.matching import IS_MEDIUM, find_marks
 from remetal.layout.model import (
     Disk,
@@ -134,7 +134,8 @@ def _probe_device(place: Path) -> Target:
     if Path("/sys/class/block", kernel_name, "partition").exists():
         raise RefusedError(f"{place} is a partition, and a restore needs a whole disk", hint="Name its disk.")
     name = name_disks([place], {})[place]
-    uses = [*_find_stand_in(place, kernel_name), *map(str, describe_use(place))]
+    stand_in = describe_stand_in(place)
+    uses = [*([stand_in] if stand_in else []), *map(str, describe_use(place))]
     content, is_medium = _Content(), False
     try:
         disk = probe_disk(place, name)
@@ -161,13 +162,6 @@ def _probe_device(place: Path) -> Target:
         uses=tuple(uses),
         roles=(IS_MEDIUM,) if is_medium else (),
     )
-
-
-def _find_stand_in(place: Path, kernel_name: str) -> Iterator[str]:
-    """Yield that a disk must not be written to by itself, because another device stands for it."""
-    stand_in = find_covered().get(kernel_name)
-    if stand_in is not None and find_parts(stand_in):
-        yield f"it is a part of /dev/{stand_in}, which is to be named in its place"
 
 
 @dataclass(frozen=True, slots=True)
