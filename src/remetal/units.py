@@ -13,6 +13,8 @@ GIB = 1 << 30
 TIB = 1 << 40
 
 _BINARY = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": TIB, "p": 1 << 50}
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_DURATION = re.compile(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([smhdw]?)\s*", re.IGNORECASE | re.ASCII)
 _SIZE = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([kmgtp]?)(?:i?b)?\s*", re.IGNORECASE | re.ASCII)
 
 
@@ -54,7 +56,7 @@ def parse_bytes(text: str) -> int:
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration as `0.4 s`, `12 s`, `3 min 20 s` or `2 h 05 min`."""
+    """Return a duration as `0.4 s`, `12 s`, `3 min 20 s`, `2 h 05 min` or `6 d 04 h`."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -62,7 +64,17 @@ def format_duration(seconds: float) -> str:
         return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    if whole < 48 * 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of `90`, `45m`, `12h`, `7d`, `2w`. Raises UsageError for anything else."""
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        raise UsageError(f"'{text}' is not a duration", hint="Write a number and a unit, such as 12h or 7d.")
+    return float(Fraction(match[1]) * _SECONDS[match[2].lower()])
 
 
 def format_rate(count: int, seconds: float) -> str:

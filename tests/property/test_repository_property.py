@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from remetal.errors import DamagedError, RefusedError
 from remetal.repository import ZERO_ID, Batch, check_repository, open_reader, open_session
 from remetal.repository.config import decode_config
+from remetal.repository.history import open_envelope
 from remetal.repository.indexes import decode_index, encode_index
 from remetal.repository.kit import RecoveryKit, parse_kit
 from remetal.repository.locks import LockRecord
@@ -25,7 +26,7 @@ from remetal.repository.objects import decode_json
 from remetal.repository.packs import ENTRY, MAX_CHUNKS, ZSTD, Contents, open_pack
 from remetal.repository.recipients import RecipientRecord
 from remetal.repository.slots import Slot
-from remetal.repository.snapshots import ImageRecord, check_image, decode_body, open_envelope
+from remetal.repository.snapshots import ImageRecord, check_image, decode_body
 from remetal.repository.table import ChunkTable
 from tests.repositories import CHUNK, batches_of, make_site, restore
 
@@ -177,7 +178,7 @@ def test_hostile_bytes_are_damage_and_nothing_else(data: bytes) -> None:
         lambda: decode_page("n", data, 4096),
         lambda: decode_body("n", data),
         lambda: decode_body("n", zipped),
-        lambda: open_envelope("n", data, machine),
+        lambda: open_envelope("n", data, machine, {}),
         lambda: open_pack("n", data, _SITE.key),
         lambda: decode_json("n", data, Slot),
         lambda: decode_json("n", data, MachineRecord),

@@ -105,7 +105,7 @@ def read_packs(keys: Keys, id_key: bytes) -> dict[bytes, bytes]:
 def read_indexed(catalog_key: bytes, machine: str) -> set[bytes]:
     found: set[bytes] = set()
     for _, data in named(f"index/{machine}/"):
-        body = AESSIV(derive("catalog index", catalog_key, 64)).decrypt(data[40:], [data[:40]])
+        body = AESSIV(derive("catalog index", catalog_key, 64)).decrypt(data[44:], [data[:44]])
         (packs,) = struct.unpack("<I", body[:4])
         position = 4 + 48 * packs
         for name, size, _, count in struct.iter_unpack("<32sQII", body[4:position]):
@@ -124,7 +124,7 @@ def read_image(image: dict[str, Any], catalog_key: bytes, machine: str, chunks: 
     assert derive("image map", numbers + pages).hex() == image["digest"]
     for page in image["pages"]:
         data = _OBJECTS[f"maps/{machine}/{page.hex()}"]
-        body = AESSIV(derive("catalog map", catalog_key, 64)).decrypt(data[40:], [data[:40]])
+        body = AESSIV(derive("catalog map", catalog_key, 64)).decrypt(data[44:], [data[:44]])
         _, runs = struct.unpack("<II", body[:8])
         position = 8 + 4 * runs
         for length, kind, _ in struct.iter_unpack("<HBB", body[8:position]):
@@ -140,7 +140,7 @@ def read_image(image: dict[str, Any], catalog_key: bytes, machine: str, chunks: 
 
 def test_the_specification_is_enough_to_read_a_repository() -> None:
     for name, data in _OBJECTS.items():
-        assert name == "config" or name.endswith(blake3(data).hexdigest())
+        assert name == "config" or name.startswith("history/") or name.endswith(blake3(data).hexdigest())
     keys = Keys(unlock())
     assert keys.id == _CONFIG["id"]
     for _, data in named("keys/recipients/"):
@@ -158,14 +158,15 @@ def test_the_specification_is_enough_to_read_a_repository() -> None:
     chunks = read_packs(keys, id_key)
     assert set(chunks) == read_indexed(catalog_key, machine["id"])
     previous = bytes(32)
-    snapshots = named(f"snapshots/{machine['id']}/")
+    snapshots = named(f"history/{machine['id']}/")
     assert len(snapshots) == len(_GOLDEN["images"])
     for number, (name, data) in enumerate(snapshots, start=1):
-        magic, _, _, sequence, before, size = struct.unpack("<8s16s16sQ32sI", data[:84])
+        magic, _, _, sequence, before, ledger, signer, size = struct.unpack("<8s16s16sQ32sQ16sI", data[:108])
         assert (magic, sequence, before) == (b"RMTLS\x01\0\0", number, previous)
-        assert name == f"snapshots/{machine['id']}/{sequence:016x}.{blake3(data).hexdigest()}"
-        verify_key.verify(data[84 + size :], b"remetal 1 snapshot\0" + data[: 84 + size])
-        body = AESSIV(derive("catalog snapshot", catalog_key, 64)).decrypt(data[84 : 84 + size], [data[:84]])
+        assert (ledger, signer) == (0, bytes(16))
+        assert name == f"history/{machine['id']}/{sequence:016x}"
+        verify_key.verify(data[108 + size :], b"remetal 1 snapshot\0" + data[: 108 + size])
+        body = AESSIV(derive("catalog snapshot", catalog_key, 64)).decrypt(data[108 : 108 + size], [data[:108]])
         record = msgspec.msgpack.decode(zstandard.ZstdDecompressor().decompress(body))
         image = read_image(record["images"][0], catalog_key, machine["id"], chunks)
         assert hashlib.sha256(image).hexdigest() == _GOLDEN["images"][number - 1]

@@ -225,7 +225,7 @@ def test_enrolling_survives_a_store_that_dies() -> None:
 def test_two_backups_of_a_machine_at_once(site: Site) -> None:
     with open_session(site.repository, site.keys) as session:
         with (
-            pytest.raises(UnavailableError, match="another backup") as caught,
+            pytest.raises(UnavailableError, match="a backup or prune") as caught,
             open_session(site.repository, site.keys),
         ):
             pass

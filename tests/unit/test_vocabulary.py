@@ -126,7 +126,8 @@ def test_reading_a_size_never_fails_otherwise(text: str) -> None:
         (200, "3 min 20 s"),
         (3599.7, "1 h 00 min"),
         (7500, "2 h 05 min"),
-        (100 * 3600, "100 h 00 min"),
+        (47 * 3600, "47 h 00 min"),
+        (100 * 3600, "4 d 04 h"),
     ],
 )
 def test_durations(seconds: float, text: str) -> None:

@@ -168,7 +168,7 @@ def find_secret(credentials: Credentials) -> Secret | None:
         if credentials.passphrase_file is not None and (not default or Path(default) != credentials.passphrase_file):
             raise UsageError("--passphrase-file and --kit-file exclude each other", hint="Give one of them.")
         return Secret(kit=_read_text(credentials.kit_file))
-    if credentials.passphrase_file is not None:
+    if credentials.passphrase_file is not None and credentials.passphrase_file != Path():  # no empty variable
         lines = _read_text(credentials.passphrase_file).splitlines()
         if not lines or not lines[0]:
             raise UsageError(

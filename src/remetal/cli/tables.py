@@ -28,9 +28,10 @@ from remetal.layout.model import (
     is_extended,
     spaces_of,
 )
-from remetal.repository import ImageRecord, KeyInfo, Snapshot
+from remetal.repository import ImageRecord, KeyInfo, PruneResult, Snapshot
 from remetal.units import format_bytes, format_duration
 from remetal.workflows.restore import Prepared, RestoreReport
+from remetal.workflows.retention import Decided
 
 
 def escape(text: str) -> str:
@@ -157,6 +158,42 @@ def snapshot_table(snapshots: Sequence[Snapshot]) -> RenderableType:
             format_bytes(sum(image.stored for image in each.images)),
             escape(" ".join(image.volume for image in each.images)),
             escape(" ".join(each.tags)),
+        )
+    return table
+
+
+def decided_table(decided: Sequence[Decided]) -> RenderableType:
+    """Return what becomes of each snapshot, and why."""
+    if not decided:
+        return "No snapshot."
+    table = _table("snapshot", "machine", "time (UTC)", "tags", "kept because of")
+    for each in decided:
+        snapshot = each.snapshot
+        because = escape(", ".join(each.reasons)) if each.reasons else "[red]forgotten[/red]"
+        table.add_row(
+            short(snapshot.id),
+            escape(snapshot.machine),
+            _moment(snapshot.time),
+            escape(" ".join(snapshot.tags)),
+            because,
+        )
+    return table
+
+
+def pruned_table(results: Sequence[PruneResult], *, dry_run: bool) -> RenderableType:
+    """Return what a prune did to each machine, or would do."""
+    if not results:
+        return "No machine was pruned."
+    table = _table("machine", ">kept", ">to go" if dry_run else ">condemned", ">written anew", ">deleted", "next")
+    for each in results:
+        wait = f"deletes in {format_duration(each.grace_left)} or later" if each.grace_left else ""
+        table.add_row(
+            escape(each.machine),
+            format_bytes(each.kept_bytes),
+            format_bytes(each.condemned_bytes),
+            format_bytes(each.rewritten_bytes),
+            format_bytes(each.deleted_bytes),
+            wait,
         )
     return table
 

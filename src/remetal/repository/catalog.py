@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from remetal.errors import DamagedError, RefusedError
+from remetal.repository.history import (
+    LEDGER,
+    Envelope,
+    Gone,
+    check_chain,
+    entry_name,
+    history_folder,
+    is_gone,
+    open_envelope,
+    sequence_of,
+)
 from remetal.repository.indexes import index_folder, read_index
+from remetal.repository.ledgers import MAX_LEDGER, Ledger, open_ledger
 from remetal.repository.machines import Domain, Head, MachineKeys, MachineRecord, open_secrets, read_machines
 from remetal.repository.maps import Run, read_pages
-from remetal.repository.objects import SNAPSHOTS, damaged, get_named
+from remetal.repository.objects import HISTORY, damaged, get_object
 from remetal.repository.packs import Contents
-from remetal.repository.recipients import RecipientKey
+from remetal.repository.recipients import RecipientKey, RecipientRecord, read_recipients
 from remetal.repository.repository import Repository
-from remetal.repository.snapshots import (
-    MAX_SNAPSHOT,
-    Envelope,
-    ImageRecord,
-    Snapshot,
-    check_chain,
-    open_envelope,
-    open_snapshot,
-    snapshot_folder,
-    snapshot_name,
-)
+from remetal.repository.snapshots import MAX_SNAPSHOT, ImageRecord, Snapshot, open_snapshot
 from remetal.repository.table import ChunkTable
 
-_NAME = re.compile(rf"{SNAPSHOTS}([0-9a-f]{{32}})/([0-9a-f]{{16}})\.([0-9a-f]{{64}})")
+Recipients = Mapping[str, RecipientRecord]
+"""The recipients that a repository's id vouches for, by id."""
+
+_FOLDER = re.compile(rf"{HISTORY}([0-9a-f]{{32}})/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +43,43 @@ class MachineAccess:
     domain: Domain
 
 
+@dataclass(frozen=True, slots=True)
+class Ledgers:
+    """The newest ledger of a machine's history, if there is one; `certain` unless a newer one may be unreadable."""
+
+    newest: Ledger | None = None
+    certain: bool = True
+
+    @property
+    def gone(self) -> tuple[Gone, ...]:
+        """What was forgotten."""
+        return self.newest.body.gone if self.newest is not None else ()
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """All that stands of a machine's history, in order, and a sentence for everything that is not as it should be.
+
+    `names` are those of all entries, forgotten ones that are still there included.
+    """
+
+    names: list[str]
+    ledgers: Ledgers
+    envelopes: list[Envelope]
+    snapshots: list[Snapshot]
+    problems: list[str]
+
+
 @dataclass(slots=True)
 class Catalog:
-    """Verified snapshots, oldest first, and in `problems` a sentence for everything that is not as it should be."""
+    """Verified snapshots, oldest first, and in `problems` a sentence for everything that is not as it should be.
+
+    `ledgers` are by machine, as `machines` are.
+    """
 
     repository: Repository
     machines: dict[str, MachineAccess]
+    ledgers: dict[str, Ledgers] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     _snapshots: list[Snapshot] = field(default_factory=list)
 
@@ -68,11 +104,15 @@ def open_catalog(repository: Repository, keys: MachineKeys | RecipientKey) -> Ca
         catalog.machines[keys.machine_id] = MachineAccess(keys.stored.record, keys.domain)
     else:
         _open_machines(catalog, keys)
+    recipients = read_vouched(repository)
     for access in catalog.machines.values():
-        _read_snapshots(catalog, access)
+        history = read_history(repository, access, recipients)
+        catalog.ledgers[access.machine.id] = history.ledgers
+        catalog._snapshots += history.snapshots
+        catalog.problems += history.problems
     if isinstance(keys, MachineKeys):
         present = {(each.sequence, each.id) for each in catalog.snapshots()}
-        problem = head_problem(keys.stored.head, present)
+        problem = head_problem(keys.stored.head, present, catalog.ledgers[keys.machine_id].gone)
         catalog.problems += [problem] if problem else []
     catalog._snapshots.sort(key=lambda each: (each.time, each.machine_id, each.sequence))
     return catalog
@@ -100,70 +140,136 @@ def image_runs(repository: Repository, domain: Domain, image: ImageRecord) -> It
 
 
 def read_contents(
-    repository: Repository, domain: Domain, problems: list[DamagedError] | None = None
+    repository: Repository, domain: Domain, ledger: Ledger | None, problems: list[DamagedError] | None = None
 ) -> Iterator[tuple[str, list[Contents]]]:
-    """Yield name and packs of each of a machine's index objects.
+    """Yield name and packs of each of a machine's index objects, without anything that the ledger has condemned.
 
     A damaged one is added to `problems` and passed over; without such a list it raises DamagedError.
     """
+    packs = ledger.packs if ledger is not None else frozenset()
+    names = ledger.names if ledger is not None else frozenset()
     for entry in repository.store.entries(index_folder(domain.machine_id)):
+        if entry.name in names:
+            continue
         try:
-            packs = read_index(repository.store, entry.name, repository.config.id, domain)
+            found = read_index(repository.store, entry.name, repository.config.id, domain)
         except DamagedError as error:
             if problems is None:
                 raise
             problems.append(error)
         else:
-            yield entry.name, packs
+            yield entry.name, [each for each in found if each.identity not in packs]
 
 
-def load_table(repository: Repository, domain: Domain, problems: list[DamagedError] | None = None) -> ChunkTable:
-    """Return all chunks that a machine's index objects know; `problems` as in `read_contents`."""
+def load_table(
+    repository: Repository, domain: Domain, ledger: Ledger | None, problems: list[DamagedError] | None = None
+) -> ChunkTable:
+    """Return all chunks that a machine's index objects know and that may be relied on; see `read_contents`."""
     table = ChunkTable()
-    for _, packs in read_contents(repository, domain, problems):
+    for _, packs in read_contents(repository, domain, ledger, problems):
         for pack in packs:
             table.add(pack)
     return table
 
 
-def read_envelope(repository: Repository, name: str, machine: MachineRecord) -> tuple[Envelope, bytes]:
-    """Read a snapshot's object, checking name, form and signature. Raises DamagedError."""
-    if not _NAME.fullmatch(name):
-        raise damaged(name, "no snapshot is named so")
-    data = get_named(repository.store, name, MAX_SNAPSHOT)
-    return open_envelope(name, data, machine), data
+def read_vouched(repository: Repository) -> Recipients:
+    """Return the repository's recipients by id."""
+    return {each.id: each for each in read_recipients(repository.store, repository.config.id)[0]}
 
 
-def find_newest(
-    repository: Repository, access: MachineAccess, head: Head | None, problems: list[str]
-) -> tuple[Snapshot | None, Head | None]:
-    """Return a machine's newest readable snapshot, and the one that the next snapshot has to follow.
+def entry_names(repository: Repository, machine_id: str) -> list[str]:
+    """Return the names of a machine's entries, oldest first."""
+    entries = repository.store.entries(history_folder(machine_id))
+    return [entry.name for entry in entries if sequence_of(entry.name)]
 
-    The latter is the newest that is signed, or the one that the machine remembers if that is newer. Only the
-    newest is read. What is wrong is added to `problems`.
+
+def read_entry(
+    repository: Repository, name: str, machine: MachineRecord, recipients: Recipients
+) -> tuple[Envelope, bytes]:
+    """Read an entry of a machine's history, checking form and signature. Raises DamagedError."""
+    data = get_object(repository.store, name, max(MAX_SNAPSHOT, MAX_LEDGER))
+    return open_envelope(name, data, machine, recipients), data
+
+
+def find_ledgers(
+    repository: Repository,
+    machine: MachineRecord,
+    recipients: Recipients,
+    names: list[str],
+    problems: list[str],
+    head: Head | None = None,
+) -> Ledgers:
+    """Return the newest ledger of a machine, whose entries have these names. What is wrong is added to `problems`.
+
+    `head` is what the machine remembers as its newest snapshot: that entry is no ledger, even if it is damaged.
     """
-    names = [entry.name for entry in repository.store.entries(snapshot_folder(access.machine.id))]
-    newest: Head | None = None
+    certain = True
+    for name in reversed(names):
+        try:
+            envelope, data = read_entry(repository, name, machine, recipients)
+            if envelope.kind != LEDGER:
+                if not envelope.ledger:
+                    return Ledgers(None, certain)
+                pointed = entry_name(machine.id, envelope.ledger)
+                envelope, data = read_entry(repository, pointed, machine, recipients)
+                if envelope.kind != LEDGER:
+                    raise damaged(pointed, "it is no ledger, as a later snapshot says")
+            return Ledgers(open_ledger(envelope, data), certain)
+        except DamagedError as error:
+            problems.append(error.message)
+            certain = certain and head is not None and head.sequence == sequence_of(name)
+    return Ledgers(None, certain)
+
+
+@dataclass(frozen=True, slots=True)
+class Newest:
+    """Where a machine's history stands: its newest readable snapshot, and its ledgers.
+
+    `follows` is what the next entry follows: the last number that is taken, and the id that it links to (empty: none).
+    """
+
+    snapshot: Snapshot | None
+    follows: Head
+    ledgers: Ledgers
+
+
+def find_newest(repository: Repository, access: MachineAccess, head: Head | None, problems: list[str]) -> Newest:
+    """Return where a machine's history stands.
+
+    The next entry follows the newest that is signed, or the snapshot that the machine remembers if that is newer; its
+    number is behind all that are taken. Only what is needed is read. What is wrong is added to `problems`.
+    """
+    machine, recipients = access.machine, read_vouched(repository)
+    names = entry_names(repository, machine.id)
+    ledgers = find_ledgers(repository, machine, recipients, names, [], head)
+    signed: Head | None = None
     snapshot: Snapshot | None = None
     for name in reversed(names):
         try:
-            envelope, data = read_envelope(repository, name, access.machine)
-            newest = newest or Head(sequence=envelope.sequence, id=envelope.id)
-            snapshot = open_snapshot(envelope, data, access.machine, access.domain)
-            break
+            envelope, data = read_entry(repository, name, machine, recipients)
+            signed = signed or Head(sequence=envelope.sequence, id=envelope.id)
+            if head is not None and head.sequence == envelope.sequence and head.id != envelope.id:
+                problems.append(_vanished(head))
+            if envelope.kind != LEDGER and not is_gone(envelope.sequence, ledgers.gone):
+                snapshot = open_snapshot(envelope, data, machine, access.domain)
+                break
         except DamagedError as error:
             problems.append(error.message)
     if head is not None:
-        if snapshot_name(access.machine.id, head.sequence, head.id) not in names:
+        if entry_name(machine.id, head.sequence) not in names and not is_gone(head.sequence, ledgers.gone):
             problems.append(_vanished(head))
-        if newest is None or head.sequence >= newest.sequence:
-            newest = head
-    return snapshot, newest
+        if signed is None or head.sequence > signed.sequence:
+            signed = head
+    last = max((sequence_of(name) for name in names[-1:]), default=0)
+    follows = Head(sequence=max(signed.sequence, last), id=signed.id) if signed else Head(sequence=last, id="")
+    return Newest(snapshot, follows, ledgers)
 
 
-def head_problem(head: Head | None, present: Iterable[tuple[int, str]]) -> str:
+def head_problem(head: Head | None, present: Iterable[tuple[int, str]], gone: Iterable[Gone]) -> str:
     """Return a sentence if the snapshot that a machine remembers as its newest is not there, else nothing."""
-    return _vanished(head) if head is not None and (head.sequence, head.id) not in set(present) else ""
+    if head is None or (head.sequence, head.id) in set(present) or is_gone(head.sequence, gone):
+        return ""
+    return _vanished(head)
 
 
 def _vanished(head: Head) -> str:
@@ -185,17 +291,39 @@ def _open_machines(catalog: Catalog, key: RecipientKey) -> None:
         except DamagedError as error:
             catalog.problems.append(error.message)
     known = {machine.id for machine in machines}
-    owners = {entry.name.split("/")[1] for entry in repository.store.entries(SNAPSHOTS) if _NAME.fullmatch(entry.name)}
-    catalog.problems += [f"the machine of {SNAPSHOTS}{each}/ has no record" for each in sorted(owners - known)]
+    found = (_FOLDER.match(entry.name) for entry in repository.store.entries(HISTORY))
+    owners = {match[1] for match in found if match}
+    catalog.problems += [f"the machine of {HISTORY}{each}/ has no record" for each in sorted(owners - known)]
 
 
-def _read_snapshots(catalog: Catalog, access: MachineAccess) -> None:
+def is_void(repository: Repository, machine: MachineRecord, sequence: int) -> bool:
+    """Whether an entry that was created just now counts for nothing, because its number had been used before.
+
+    Forgotten entries are deleted once a later ledger names them, so their numbers look free to somebody who has slept.
+    """
+    names = entry_names(repository, machine.id)
+    if not names or sequence_of(names[-1]) <= sequence:
+        return False
+    ledgers = find_ledgers(repository, machine, read_vouched(repository), names, [])
+    return not ledgers.certain or is_gone(sequence, ledgers.gone)
+
+
+def read_history(repository: Repository, access: MachineAccess, recipients: Recipients) -> History:
+    """Read and verify all that stands of a machine's history."""
+    machine, problems = access.machine, list[str]()
+    names = entry_names(repository, machine.id)
+    ledgers = find_ledgers(repository, machine, recipients, names, problems)
     envelopes: list[Envelope] = []
-    for entry in catalog.repository.store.entries(snapshot_folder(access.machine.id)):
+    snapshots: list[Snapshot] = []
+    for name in names:
+        if is_gone(sequence_of(name), ledgers.gone):
+            continue
         try:
-            envelope, data = read_envelope(catalog.repository, entry.name, access.machine)
+            envelope, data = read_entry(repository, name, machine, recipients)
             envelopes.append(envelope)
-            catalog._snapshots.append(open_snapshot(envelope, data, access.machine, access.domain))
+            if envelope.kind != LEDGER:
+                snapshots.append(open_snapshot(envelope, data, machine, access.domain))
         except DamagedError as error:
-            catalog.problems.append(error.message)
-    catalog.problems += check_chain(envelopes, access.machine.name)
+            problems.append(error.message)
+    problems += check_chain(envelopes, ledgers.gone, machine.name)
+    return History(names, ledgers, envelopes, snapshots, list(dict.fromkeys(problems)))

@@ -17,17 +17,28 @@ from blake3 import blake3
 
 from remetal.errors import DamagedError, RefusedError
 from remetal.events import Note, Progress, Report, Step, silent
-from remetal.repository.catalog import Catalog, MachineAccess, load_table, open_catalog, read_contents, read_envelope
+from remetal.repository.catalog import (
+    Catalog,
+    MachineAccess,
+    entry_names,
+    find_ledgers,
+    load_table,
+    open_catalog,
+    read_contents,
+    read_entry,
+    read_vouched,
+)
 from remetal.repository.config import decode_config
+from remetal.repository.history import LEDGER, Envelope, check_chain, is_gone, sequence_of
 from remetal.repository.indexes import PACKS_PER_INDEX, put_index
 from remetal.repository.machines import MachineKeys, MachineRecord, read_machines
 from remetal.repository.maps import ZERO_ID
 from remetal.repository.objects import (
     CONFIG,
+    HISTORY,
     LOCKS,
     MAX_KEY_OBJECT,
     PACKS,
-    SNAPSHOTS,
     damaged,
     get_object,
     hash_in_name,
@@ -37,7 +48,7 @@ from remetal.repository.packs import FOOTER, MAX_PACK, ZSTD, Codec, Contents, of
 from remetal.repository.recipients import RecipientKey, read_recipients
 from remetal.repository.repository import Repository
 from remetal.repository.slots import read_slots
-from remetal.repository.snapshots import Envelope, Snapshot, check_chain, snapshot_folder
+from remetal.repository.snapshots import Snapshot
 from remetal.repository.table import ChunkTable
 from remetal.storage import Entry, NotFoundError, Store
 from remetal.units import MIB
@@ -47,8 +58,7 @@ _ID = "[0-9a-f]{32}"
 _HASH = "[0-9a-f]{64}"
 _OURS = re.compile(
     rf"config|keys/(recipients|slots|machines)/{_ID}\.{_HASH}|keys/secrets/{_ID}\.{_ID}\.{_HASH}"
-    rf"|packs/([0-9a-f]{{2}})/\2[0-9a-f]{{62}}|(index|maps)/{_ID}/{_HASH}|snapshots/{_ID}/[0-9a-f]{{16}}\.{_HASH}"
-    rf"|locks/{_ID}/[0-9a-f]{{16}}"
+    rf"|packs/([0-9a-f]{{2}})/\2[0-9a-f]{{62}}|(index|maps)/{_ID}/{_HASH}|(history|locks)/{_ID}/[0-9a-f]{{16}}"
 )
 
 
@@ -106,7 +116,7 @@ def check_repository(
         if read_data:
             report(Step("Decoding every chunk"))
             for access in catalog.machines.values():
-                _check_data(repository, keys, access, result, report)
+                _check_data(catalog, keys, access, result, report)
     return result
 
 
@@ -117,12 +127,7 @@ def rebuild_index(repository: Repository, key: RecipientKey, *, report: Report =
     interrupted backup has left behind become useful, too. A pack that is damaged is passed over with a note.
     """
     catalog = open_catalog(repository, key)
-    known = {
-        pack.identity
-        for access in catalog.machines.values()
-        for _, packs in read_contents(repository, access.domain, [])
-        for pack in packs
-    }
+    known = _known_packs(catalog)
     found: dict[str, list[Contents]] = {}
     count = 0
     for entry in repository.store.entries(PACKS):
@@ -147,8 +152,20 @@ def rebuild_index(repository: Repository, key: RecipientKey, *, report: Report =
 
 
 def _put_found(repository: Repository, catalog: Catalog, found: dict[str, list[Contents]], machine_id: str) -> None:
-    domain = catalog.machines[machine_id].domain
-    put_index(repository.store, repository.config.id, domain, found.pop(machine_id))
+    domain, ledger = catalog.machines[machine_id].domain, catalog.ledgers[machine_id].newest
+    avoid = ledger.names if ledger is not None else ()
+    put_index(repository.store, repository.config.id, domain, found.pop(machine_id), avoid=avoid)
+
+
+def _known_packs(catalog: Catalog) -> set[bytes]:
+    """Return the hashes of all packs that are in an index or condemned."""
+    known: set[bytes] = set()
+    for access in catalog.machines.values():
+        ledger = catalog.ledgers[access.machine.id].newest
+        known |= ledger.packs if ledger is not None else frozenset()
+        for _, packs in read_contents(catalog.repository, access.domain, None, []):
+            known.update(pack.identity for pack in packs)
+    return known
 
 
 def _read_pack_contents(repository: Repository, key: RecipientKey, entry: Entry) -> tuple[str, Contents]:
@@ -172,7 +189,7 @@ def _scrub(store: Store, result: CheckResult, report: Report) -> None:
                 decode_config(get_object(store, CONFIG, MAX_KEY_OBJECT))
             except (DamagedError, RefusedError) as error:
                 result.add(error.message)
-        elif _hash_object(store, entry) != hash_in_name(entry.name):
+        elif not entry.name.startswith(HISTORY) and _hash_object(store, entry) != hash_in_name(entry.name):
             result.add(f"the object {entry.name} is not what was written: its hash differs")
         result.bytes += entry.size
         report(Progress("objects", result.bytes, max(total, result.bytes)))
@@ -198,26 +215,36 @@ def _check_public(repository: Repository, result: CheckResult) -> None:
     machines, problems = read_machines(store, repository_id)
     result.add(*problems)
     for machine in machines:
-        envelopes: list[Envelope] = []
-        for entry in store.entries(snapshot_folder(machine.id)):
-            try:
-                envelopes.append(read_envelope(repository, entry.name, machine)[0])
-            except DamagedError as error:
-                result.add(error.message)
-        result.snapshots += len(envelopes)
-        result.add(*check_chain(envelopes, machine.name))
+        _check_history(repository, machine, result)
     _check_owners(store, machines, result)
+
+
+def _check_history(repository: Repository, machine: MachineRecord, result: CheckResult) -> None:
+    recipients = read_vouched(repository)
+    names, problems = entry_names(repository, machine.id), list[str]()
+    gone = find_ledgers(repository, machine, recipients, names, problems).gone
+    result.add(*problems)
+    envelopes: list[Envelope] = []
+    for name in names:
+        if is_gone(sequence_of(name), gone):
+            continue
+        try:
+            envelopes.append(read_entry(repository, name, machine, recipients)[0])
+        except DamagedError as error:
+            result.add(error.message)
+    result.snapshots += sum(each.kind != LEDGER for each in envelopes)
+    result.add(*check_chain(envelopes, gone, machine.name))
 
 
 def _check_owners(store: Store, machines: list[MachineRecord], result: CheckResult) -> None:
     known = {machine.id for machine in machines}
-    owners = {entry.name.split("/")[1] for entry in store.entries(SNAPSHOTS)}
-    result.add(*(f"the machine of {SNAPSHOTS}{each}/ has no record" for each in sorted(owners - known)))
+    owners = {entry.name.split("/")[1] for entry in store.entries(HISTORY)}
+    result.add(*(f"the machine of {HISTORY}{each}/ has no record" for each in sorted(owners - known)))
 
 
 def _check_chunks(catalog: Catalog, access: MachineAccess, sizes: dict[str, int], result: CheckResult) -> None:
     damage: list[DamagedError] = []
-    table = load_table(catalog.repository, access.domain, damage)
+    table = load_table(catalog.repository, access.domain, catalog.ledgers[access.machine.id].newest, damage)
     result.add(*(error.message for error in damage))
     lost: set[int] = set()
     for number, (identity, size) in enumerate(table.packs):
@@ -264,24 +291,22 @@ def _check_snapshot(
 
 
 def _note_orphans(catalog: Catalog, sizes: dict[str, int], report: Report) -> None:
-    orphans = set(sizes)
-    for access in catalog.machines.values():
-        for _, packs in read_contents(catalog.repository, access.domain, []):
-            orphans -= {pack_name(pack.identity) for pack in packs}
+    orphans = sizes.keys() - {pack_name(identity) for identity in _known_packs(catalog)}
     if orphans:
         report(Note(f"{len(orphans)} packs are in no index: left by an interrupted backup, harmless"))
 
 
 def _check_data(
-    repository: Repository, key: RecipientKey, access: MachineAccess, result: CheckResult, report: Report
+    catalog: Catalog, key: RecipientKey, access: MachineAccess, result: CheckResult, report: Report
 ) -> None:
-    total = sum(pack.size for pack in _all_packs(repository, access))
+    repository = catalog.repository
+    total = sum(pack.size for pack in _all_packs(catalog, access))
     done = 0
     workers = os.cpu_count() or 1
     waiting: deque[tuple[Contents, Future[list[str]]]] = deque()
     part = f"packs of {access.machine.name}"
     with ThreadPoolExecutor(workers) as pool:
-        packs = _all_packs(repository, access)
+        packs = _all_packs(catalog, access)
         while True:
             pack = next(packs, None)
             if pack is not None:
@@ -296,9 +321,9 @@ def _check_data(
                 return
 
 
-def _all_packs(repository: Repository, access: MachineAccess) -> Iterator[Contents]:
+def _all_packs(catalog: Catalog, access: MachineAccess) -> Iterator[Contents]:
     seen: set[bytes] = set()
-    for _, packs in read_contents(repository, access.domain, []):
+    for _, packs in read_contents(catalog.repository, access.domain, catalog.ledgers[access.machine.id].newest, []):
         for pack in packs:
             if pack.identity not in seen:
                 seen.add(pack.identity)

@@ -11,10 +11,10 @@ from remetal.errors import DamagedError, RefusedError, UsageError
 from remetal.repository.cipher import digest
 from remetal.repository.objects import (
     CONFIG,
+    HISTORY,
     MACHINES,
     MAX_KEY_OBJECT,
     PACKS,
-    SNAPSHOTS,
     Record,
     damaged,
     decode_json,
@@ -94,7 +94,7 @@ def read_config(store: Store) -> Config:
     try:
         store.get(CONFIG, size=1)
     except NotFoundError as error:
-        if any(next(store.entries(prefix), None) is not None for prefix in (PACKS, SNAPSHOTS, MACHINES)):
+        if any(next(store.entries(prefix), None) is not None for prefix in (PACKS, HISTORY, MACHINES)):
             raise DamagedError(
                 f"{store.location} holds a repository whose config is missing",
                 hint="Bring the object 'config' back from a copy of the repository.",

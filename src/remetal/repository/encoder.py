@@ -6,7 +6,7 @@ Each worker fills a pack of its own, so they share nothing but the question who 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -47,28 +47,39 @@ class Encoded:
 class Uploads:
     """Stores finished packs beside the workers, adds them to the table, and writes index objects."""
 
-    def __init__(self, repository: Repository, keys: MachineKeys, table: ChunkTable, limit: int) -> None:
+    def __init__(
+        self, repository: Repository, keys: MachineKeys, table: ChunkTable, limit: int, avoid: Collection[str]
+    ) -> None:
         self._repository = repository
+        self._avoid = avoid
         self._keys = keys
         self._pool = ThreadPoolExecutor(UPLOADERS, thread_name_prefix="upload")
         self._room = threading.Semaphore(limit)
         self._guard = threading.Lock()
         self._table = table
         self._claimed: set[bytes] = set()
+        self._relied: set[int] = set()
+        self._new: set[bytes] = set()
         self._stored: list[Contents] = []
         self._futures: list[Future[None]] = []
 
     def claim(self, ids: Sequence[bytes]) -> list[bool]:
         """Return for each id whether the caller has to store it: nobody has, and nobody else is at it."""
         with self._guard:
-            known = self._table.known(ids)
             mine: list[bool] = []
-            for identity, there in zip(ids, known, strict=True):
-                fresh = not there and identity != ZERO_ID and identity not in self._claimed
+            packs = self._table.packs_of(ids)
+            self._relied.update(packs)
+            for identity, pack in zip(ids, packs, strict=True):
+                fresh = pack < 0 and identity != ZERO_ID and identity not in self._claimed
                 if fresh:
                     self._claimed.add(identity)
                 mine.append(fresh)
             return mine
+
+    def relied_on(self) -> set[bytes]:
+        """Return the hashes of the packs that hold what was read: those that were there, and those that are new."""
+        with self._guard:
+            return {self._table.packs[number][0] for number in self._relied if number >= 0} | self._new
 
     def store(self, pack: Pack) -> None:
         """Hand a pack over; waits while too many are under way. Raises what an earlier pack ran into."""
@@ -90,22 +101,27 @@ class Uploads:
             with self._guard:
                 waiting, self._stored = self._stored, []
             if waiting:
-                put_index(self._repository.store, self._repository.config.id, self._keys.domain, waiting)
+                self._put_index(waiting)
 
     def _store(self, pack: Pack) -> None:
         try:
             put_once(self._repository.store, pack_name(pack.contents.identity), pack.pieces)
             with self._guard:
                 self._table.add(pack.contents)
+                self._new.add(pack.contents.identity)
                 self._claimed.difference_update(row.tobytes() for row in pack.contents.entries["id"])
                 self._stored.append(pack.contents)
                 ready = self._stored if len(self._stored) >= PACKS_PER_INDEX else []
                 if ready:
                     self._stored = []
             if ready:
-                put_index(self._repository.store, self._repository.config.id, self._keys.domain, ready)
+                self._put_index(ready)
         finally:
             self._room.release()
+
+    def _put_index(self, packs: Sequence[Contents]) -> None:
+        repository = self._repository
+        put_index(repository.store, repository.config.id, self._keys.domain, packs, avoid=self._avoid)
 
 
 class Worker:

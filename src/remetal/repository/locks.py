@@ -1,4 +1,4 @@
-"""One backup per machine at a time: a lock that is an object in the store. Specification: docs/format/lock.md.
+"""One backup or prune of a machine at a time: a lock that is an object in the store (docs/format/lock.md).
 
 Locks of a machine are numbered; the highest number holds. Whoever wants the lock creates the next number, which
 the store grants to one only. A lock is renewed by creating the next number before the old one is deleted, so that
@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from remetal.errors import DamagedError, RemetalError, UnavailableError
+from remetal.repository.clocks import read_text
 from remetal.repository.objects import (
     LOCKS,
     MAX_KEY_OBJECT,
@@ -65,7 +66,7 @@ class MachineLock:
             if self._lost:
                 raise UnavailableError(
                     "the lock on this machine's backups was taken over by another process",
-                    hint="This backup stood still for too long; nothing is lost, run it again.",
+                    hint="This one stood still for too long; nothing is lost, run it again.",
                 )
 
     def renew(self) -> None:
@@ -94,7 +95,7 @@ class MachineLock:
 def hold_machine(store: Store, machine_id: str, *, renewal: float = RENEWAL) -> Iterator[MachineLock]:
     """Hold the lock on a machine's backups for the length of a block, renewing it every `renewal` seconds.
 
-    Raises UnavailableError if another backup of this machine is at work.
+    Raises UnavailableError if a backup or a prune of this machine is at work.
     """
     lock = _acquire(store, machine_id)
     ended = threading.Event()
@@ -122,7 +123,7 @@ def _acquire(store: Store, machine_id: str) -> MachineLock:
         if owner is not None and not is_stale(owner, now=time.time()):
             since = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(owner.time))
             raise UnavailableError(
-                f"another backup of this machine is at work: process {owner.pid} on {owner.host}, seen {since} UTC",
+                f"a backup or prune of this machine is at work: process {owner.pid} on {owner.host}, seen {since} UTC",
                 hint="Wait until it has ended, then run the command again.",
             )
     generation = numbers[-1] + 1 if numbers else 1
@@ -130,12 +131,14 @@ def _acquire(store: Store, machine_id: str) -> MachineLock:
         store.put(_lock_name(machine_id, generation), [encode_json(_this_process(machine_id))])
     except AlreadyExistsError as error:
         raise UnavailableError(
-            "another backup of this machine has just begun", hint="Wait until it has ended, then run the command again."
+            "another backup or prune of this machine has just begun",
+            hint="Wait until it has ended, then run the command again.",
         ) from error
     if set(_generations(store, machine_id)) - {*numbers, generation}:  # somebody came in after a release we missed
         store.delete(_lock_name(machine_id, generation))
         raise UnavailableError(
-            "another backup of this machine has just begun", hint="Wait until it has ended, then run the command again."
+            "another backup or prune of this machine has just begun",
+            hint="Wait until it has ended, then run the command again.",
         )
     for number in numbers:
         store.delete(_lock_name(machine_id, number))
@@ -176,8 +179,8 @@ def _this_process(machine_id: str) -> LockRecord:
     return LockRecord(
         machine=machine_id,
         host=socket.gethostname(),
-        host_id=_read_text("/etc/machine-id"),
-        boot_id=_read_text("/proc/sys/kernel/random/boot_id"),
+        host_id=read_text("/etc/machine-id"),
+        boot_id=read_text("/proc/sys/kernel/random/boot_id"),
         namespace=str(Path("/proc/self/ns/pid").readlink()),
         pid=os.getpid(),
         started=_process_start(os.getpid()),
@@ -187,15 +190,8 @@ def _this_process(machine_id: str) -> LockRecord:
 
 def _process_start(pid: int) -> int:
     """Return when a process started, in ticks after boot; 0 if it is gone or a zombie."""
-    fields = _read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    fields = read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return int(fields[19]) if len(fields) > 19 and fields[0] not in {"Z", "X"} else 0
-
-
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
 
 
 def _lock_name(machine_id: str, generation: int) -> str:

@@ -8,7 +8,7 @@ A page's body, sealed by AES-SIV so that an equal page is an equal object:
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -112,9 +112,9 @@ def map_folder(machine_id: str) -> str:
     return f"{MAPS}{machine_id}/"
 
 
-def put_page(store: Store, repository_id: str, domain: Domain, body: bytes) -> bytes:
-    """Store a page and return the hash that names it."""
-    name = put_record(store, "map", map_folder(domain.machine_id), repository_id, domain, body)
+def put_page(store: Store, repository_id: str, domain: Domain, body: bytes, *, avoid: Collection[str] = ()) -> bytes:
+    """Store a page and return the hash that names it; `avoid` as for `put_record`."""
+    name = put_record(store, "map", map_folder(domain.machine_id), repository_id, domain, body, avoid=avoid)
     return bytes.fromhex(name[-64:])
 
 

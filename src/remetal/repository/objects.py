@@ -24,7 +24,7 @@ SECRETS = "keys/secrets/"
 PACKS = "packs/"
 INDEX = "index/"
 MAPS = "maps/"
-SNAPSHOTS = "snapshots/"
+HISTORY = "history/"
 LOCKS = "locks/"
 
 MAX_KEY_OBJECT = 64 << 10
@@ -33,7 +33,13 @@ MAX_KEY_OBJECT = 64 << 10
 HELP = "Run `remetal check` to see all that is wrong; bring the object back from a copy of the repository."
 
 _ENDING = re.compile(r"(?:.*[./])?([0-9a-f]{64})")
-_HEADER = {"pack": b"RMTLP\x01\0\0", "index": b"RMTLI\x01\0\0", "map": b"RMTLM\x01\0\0", "snapshot": b"RMTLS\x01\0\0"}
+_HEADER = {
+    "pack": b"RMTLP\x01\0\0",
+    "index": b"RMTLI\x01\0\0",
+    "map": b"RMTLM\x01\0\0",
+    "snapshot": b"RMTLS\x01\0\0",
+    "ledger": b"RMTLL\x01\0\0",
+}
 HEADER_SIZE = 8
 
 RecordT = TypeVar("RecordT")

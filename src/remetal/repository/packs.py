@@ -270,6 +270,15 @@ def open_pack(name: str, head: bytes, key: RecipientKey) -> PackOpener:
     )
 
 
+def sealed_to(name: str, head: bytes) -> list[str]:
+    """Return the ids of the recipients that a pack is sealed to, from its first bytes. Raises DamagedError."""
+    count = PROLOGUE.unpack(head[: PROLOGUE.size])[4] if len(head) >= PROLOGUE.size else 0
+    end = PROLOGUE.size + count * _WRAPPED
+    if not 1 <= count <= MAX_RECIPIENTS or len(head) < end:
+        raise damaged(name, "it is no pack of this repository")
+    return [head[position : position + 16].hex() for position in range(PROLOGUE.size, end, _WRAPPED)]
+
+
 def _wrap(key: bytes, kem: KemPublic, prologue: bytes, recipient: str) -> bytes:
     return bytes.fromhex(recipient) + kem.seal(_key_info(prologue, recipient), key)
 

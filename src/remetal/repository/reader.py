@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 
 from remetal.errors import DamagedError, RefusedError
-from remetal.repository.catalog import image_runs, load_table
+from remetal.repository.catalog import entry_names, find_ledgers, image_runs, load_table, read_vouched
 from remetal.repository.cipher import chunk_id
 from remetal.repository.machines import Domain, open_secrets, read_machines
 from remetal.repository.maps import ZERO_ID, Run
@@ -159,4 +159,5 @@ def open_reader(repository: Repository, key: RecipientKey, snapshot: Snapshot) -
         said = f": {problems[0]}" if problems else ""
         raise DamagedError(f"the record of machine '{snapshot.machine}' is missing{said}", hint=HELP)
     domain = open_secrets(repository.store, machine, key)
-    return Reader(repository, key, domain, load_table(repository, domain, []))
+    ledgers = find_ledgers(repository, machine, read_vouched(repository), entry_names(repository, machine.id), [])
+    return Reader(repository, key, domain, load_table(repository, domain, ledgers.newest, []))

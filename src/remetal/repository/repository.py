@@ -29,7 +29,7 @@ from remetal.repository.machines import (
     save_keys,
     seal_secrets,
 )
-from remetal.repository.objects import CONFIG, HELP, INDEX, MACHINES, PACKS, RECIPIENTS, SLOTS, SNAPSHOTS
+from remetal.repository.objects import CONFIG, HELP, HISTORY, INDEX, MACHINES, PACKS, RECIPIENTS, SLOTS
 from remetal.repository.recipients import RecipientKey, RecipientRecord, put_recipient, read_recipients
 from remetal.repository.slots import put_slot, read_slots, try_slot, unlock
 from remetal.storage import AlreadyExistsError, NotFoundError, Store
@@ -95,7 +95,7 @@ def _clear_place(store: Store) -> None:
         raise RefusedError(
             f"there is a repository at {store.location} already", hint="Use it, or choose another place."
         )
-    for prefix in (PACKS, INDEX, SNAPSHOTS, MACHINES):
+    for prefix in (PACKS, INDEX, HISTORY, MACHINES):
         if next(store.entries(prefix), None) is not None:
             raise RefusedError(
                 f"{store.location} holds a repository whose config is missing",

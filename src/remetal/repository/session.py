@@ -15,33 +15,35 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from remetal import __version__
-from remetal.errors import DamagedError, RemetalError
+from remetal.errors import DamagedError, RemetalError, UnavailableError
 from remetal.events import Report, Warn, silent
-from remetal.repository.catalog import MachineAccess, check_keys, find_newest, image_runs, load_table
-from remetal.repository.cipher import digest
+from remetal.repository.catalog import (
+    MachineAccess,
+    Newest,
+    check_keys,
+    find_newest,
+    image_runs,
+    is_void,
+    load_table,
+    read_entry,
+    read_vouched,
+)
 from remetal.repository.encoder import UPLOADERS, Encoded, Statistics, Uploads, Worker
+from remetal.repository.history import LEDGER, entry_name, open_envelope, put_entry
+from remetal.repository.ledgers import open_ledger
 from remetal.repository.locks import MachineLock, hold_machine
 from remetal.repository.machines import Head, MachineKeys
-from remetal.repository.maps import PAGE_CHUNKS, PageBuilder, map_digest, page_slots, put_page
+from remetal.repository.maps import PAGE_CHUNKS, PageBuilder, map_digest, map_folder, page_slots, put_page
 from remetal.repository.repository import Repository, new_recipients, utc_now
-from remetal.repository.snapshots import (
-    Body,
-    ImageRecord,
-    Snapshot,
-    check_image,
-    encode_snapshot,
-    open_envelope,
-    open_snapshot,
-    put_snapshot,
-    snapshot_name,
-)
+from remetal.repository.snapshots import Body, ImageRecord, Snapshot, check_image, encode_snapshot, open_snapshot
 from remetal.repository.table import ChunkTable
+from remetal.storage import AlreadyExistsError
 
 _BATCHES_AHEAD = 4
 """How many batches per worker may wait, where the producer's own pool of buffers sets no lower limit."""
@@ -63,10 +65,11 @@ class Batch:
 class _MapWriter:
     """Collects an image's ids in order and stores the pages of its map."""
 
-    def __init__(self, repository: Repository, keys: MachineKeys, size: int) -> None:
+    def __init__(self, repository: Repository, keys: MachineKeys, size: int, avoid: Collection[str]) -> None:
         self._repository = repository
         self._keys = keys
         self._size = size
+        self._avoid = avoid
         self._page: PageBuilder | None = None
         self.pages: list[bytes] = []
 
@@ -89,7 +92,8 @@ class _MapWriter:
     def _turn_to(self, number: int) -> None:
         if self._page is not None and len(self.pages) < number:
             body = self._page.encode()
-            name = put_page(self._repository.store, self._repository.config.id, self._keys.domain, body)
+            repository = self._repository
+            name = put_page(repository.store, repository.config.id, self._keys.domain, body, avoid=self._avoid)
             self.pages.append(name)
             self._page = None
         self.pages += [b""] * (number - len(self.pages))
@@ -134,13 +138,13 @@ class Session:
         repository: Repository,
         keys: MachineKeys,
         lock: MachineLock,
-        previous: tuple[Snapshot | None, Head | None],
+        newest: Newest,
         table: ChunkTable,
         *,
         workers: int,
         report: Report,
     ) -> None:
-        self.previous, self._follows = previous
+        self.previous = newest.snapshot
         self.statistics = Statistics()
         self.chunk_size = repository.config.chunk_size
         self.workers = workers
@@ -148,7 +152,10 @@ class Session:
         self._keys = keys
         self._lock = lock
         self._report = report
-        self._uploads = Uploads(repository, keys, table, workers + UPLOADERS)
+        self._follows = newest.follows
+        self._ledger = newest.ledgers.newest
+        self._avoid = self._ledger.names if self._ledger is not None else frozenset[str]()
+        self._uploads = Uploads(repository, keys, table, workers + UPLOADERS, self._avoid)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="encode")
         self._ahead = workers * _BATCHES_AHEAD
         self._workers: queue.SimpleQueue[Worker] = queue.SimpleQueue()
@@ -172,7 +179,7 @@ class Session:
         assert not self._failed.is_set(), "an image of the session has failed"
         chunk_size = self._repository.config.chunk_size
         pages = -(-size // (chunk_size * PAGE_CHUNKS))
-        writer = _MapWriter(self._repository, self._keys, size)
+        writer = _MapWriter(self._repository, self._keys, size, self._avoid)
         predecessor = _Predecessor(self._repository, self._keys, previous, self._report)
         before = self.statistics
         waiting: deque[Future[Encoded | None]] = deque()
@@ -210,13 +217,13 @@ class Session:
         """Store all that is still in memory, then the signed snapshot, and return it: the backup is acknowledged.
 
         `layout` is the layout's JSON; `time` is UTC in ISO 8601, by default now. Raises UnavailableError if the
-        store fails or the lock was lost; then there is no snapshot.
+        store fails, the lock was lost, or a prune has condemned what this backup relies on; then there is no
+        snapshot.
         """
         assert not self._ended, "the session has ended"
         assert not self._failed.is_set(), "an image of the session has failed"
         self._ended = True
         self._flush()
-        sequence = self._follows.sequence + 1 if self._follows else 1
         body = Body(
             time=time or utc_now(),
             hostname=hostname,
@@ -225,23 +232,58 @@ class Session:
             layout=bytes(layout),
             images=tuple(self._images),
         )
-        stored = self._keys.stored
-        data = encode_snapshot(
-            body,
-            self._repository.config.id,
-            self._keys.domain,
-            stored.signing_seed,
-            sequence,
-            self._follows.id if self._follows else "",
-        )
-        snapshot = self._read_back(sequence, data)
-        self._lock.check()
-        put_snapshot(self._repository.store, self._keys.machine_id, sequence, data)
+        snapshot = self._append(body)
         try:
-            self._keys.remember(Head(sequence=sequence, id=snapshot.id))
+            self._keys.remember(Head(sequence=snapshot.sequence, id=snapshot.id))
         except RemetalError as error:
             self._report(Warn(f"The backup is complete, but {error.message}", error.hint))
         return snapshot
+
+    def _append(self, body: Body) -> Snapshot:
+        """Make the snapshot the next entry of the history, behind whatever recipients have added meanwhile."""
+        store, machine_id = self._repository.store, self._keys.machine_id
+        while True:
+            sequence = self._follows.sequence + 1
+            data = encode_snapshot(
+                body,
+                self._repository.config.id,
+                self._keys.domain,
+                self._keys.stored.signing_seed,
+                sequence,
+                previous=self._follows.id,
+                ledger=self._ledger.envelope.sequence if self._ledger is not None else 0,
+            )
+            snapshot = self._read_back(sequence, data)
+            self._lock.check()
+            try:
+                put_entry(store, entry_name(machine_id, sequence), data)
+            except AlreadyExistsError:
+                self._follow(sequence)
+                continue
+            if is_void(self._repository, self._keys.stored.record, sequence):
+                raise _outrun()
+            return snapshot
+
+    def _follow(self, sequence: int) -> None:
+        """Go on behind an entry that was added since this backup began, unless it takes away what this one needs."""
+        repository, machine = self._repository, self._keys.stored.record
+        try:
+            name = entry_name(machine.id, sequence)
+            envelope, data = read_entry(repository, name, machine, read_vouched(repository))
+            ledger = open_ledger(envelope, data) if envelope.kind == LEDGER else None
+        except DamagedError as error:
+            self._report(Warn(error.message, error.hint))
+            self._follows = Head(sequence=sequence, id=self._follows.id)
+            return
+        if ledger is None:
+            raise UnavailableError(
+                "another backup of this machine was made while this one was at work",
+                hint="Nothing is lost; run this one again.",
+            )
+        pages = {map_folder(machine.id) + page.hex() for image in self._images for page in image.pages if page}
+        if ledger.packs & self._uploads.relied_on() or ledger.names & pages:
+            raise _outrun()
+        self._follows, self._ledger = Head(sequence=sequence, id=envelope.id), ledger
 
     def abandon(self) -> None:
         """Leave without a snapshot: what is stored already is put into the index for the next backup."""
@@ -306,9 +348,15 @@ class Session:
     def _read_back(self, sequence: int, data: bytes) -> Snapshot:
         """Decode a snapshot from the very bytes that will be stored."""
         machine = self._keys.stored.record
-        name = snapshot_name(machine.id, sequence, digest(data).hex())
-        envelope = open_envelope(name, data, machine)
+        envelope = open_envelope(entry_name(machine.id, sequence), data, machine, {})
         return open_snapshot(envelope, data, machine, self._keys.domain)
+
+
+def _outrun() -> UnavailableError:
+    return UnavailableError(
+        "a prune ran while this backup was at work, and deletes what this backup relies on",
+        hint="Nothing is lost; run the backup again.",
+    )
 
 
 @contextmanager
@@ -325,16 +373,18 @@ def open_session(
     with hold_machine(repository.store, keys.machine_id) as lock:
         problems: list[str] = []
         access = MachineAccess(keys.stored.record, keys.domain)
-        previous = find_newest(repository, access, keys.stored.head, problems)
+        newest = find_newest(repository, access, keys.stored.head, problems)
         damage: list[DamagedError] = []
-        table = load_table(repository, keys.domain, damage)
-        problems += [f"{error.message}; its chunks are stored again" for error in damage]
+        table = ChunkTable()
+        if newest.ledgers.certain:
+            table = load_table(repository, keys.domain, newest.ledgers.newest, damage)
+            problems += [f"{error.message}; its chunks are stored again" for error in damage]
+        else:
+            problems.append("what was decided last about this machine cannot be read: all of its data is stored again")
         for problem in problems:
             report(Warn(problem, "Run `remetal check`."))
         _tell_new_recipients(repository, keys, report)
-        session = Session(
-            repository, keys, lock, previous, table, workers=workers or os.cpu_count() or 1, report=report
-        )
+        session = Session(repository, keys, lock, newest, table, workers=workers or os.cpu_count() or 1, report=report)
         try:
             yield session
         finally:

@@ -1,45 +1,27 @@
 """Snapshots: signed, numbered, linked records of one moment of a machine. Specification: docs/format/snapshot.md.
 
-    8 header, 16 repository, 16 machine, u64 sequence, 32 hash of the predecessor (zeros: none), u32 size of the body,
-    the body (MessagePack, Zstandard, AES-SIV), 64 Ed25519 signature over all before it
-
-The clear part lets anybody follow the chain; the rest needs the machine's catalog key.
+Each is an entry of the machine's history (`remetal.repository.history`). Its body, MessagePack in Zstandard in AES-SIV,
+needs the machine's catalog key.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 import zstandard
 
-from remetal.repository.cipher import (
-    SIGNATURE_SIZE,
-    SIV_SIZE,
-    CipherError,
-    digest,
-    open_record,
-    seal_record,
-    sign,
-    verify,
-)
+from remetal.repository.cipher import SIV_SIZE, CipherError, open_record, seal_record
 from remetal.repository.config import MAX_CHUNK, MIN_CHUNK
+from remetal.repository.history import SNAPSHOT, Envelope, encode_clear, sign_entry, split_body
 from remetal.repository.machines import Domain, MachineRecord
 from remetal.repository.maps import ID_SIZE, map_digest, page_count
-from remetal.repository.objects import SNAPSHOTS, Record, damaged, header, put_once
-from remetal.storage import Store
+from remetal.repository.objects import Record, damaged
 from remetal.units import MIB
 
 MAX_SNAPSHOT = 64 * MIB
 MAX_BODY = 128 * MIB
 MAX_IMAGES = 4096
-MAX_SEQUENCE = 1 << 48
-NO_SNAPSHOT = bytes(ID_SIZE)
-
-_CLEAR = struct.Struct("<8s16s16sQ32sI")
-_CONTEXT = b"remetal 1 snapshot\0"
 
 
 class ImageRecord(Record, frozen=True, kw_only=True):
@@ -86,76 +68,35 @@ class Snapshot:
     images: tuple[ImageRecord, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope:
-    """The clear part of a snapshot's object, and its id; `previous` is empty for a machine's first."""
-
-    name: str
-    id: str
-    machine_id: str
-    sequence: int
-    previous: str
-
-
-def snapshot_folder(machine_id: str) -> str:
-    """Return the prefix of a machine's snapshots."""
-    return f"{SNAPSHOTS}{machine_id}/"
-
-
-def snapshot_name(machine_id: str, sequence: int, identity: str) -> str:
-    """Return a snapshot's name: sixteen digits of sequence number, so that names sort by age, and its hash."""
-    return f"{snapshot_folder(machine_id)}{sequence:016x}.{identity}"
-
-
 def encode_snapshot(
-    body: Body, repository_id: str, domain: Domain, signing_seed: bytes, sequence: int, previous: str
+    body: Body,
+    repository_id: str,
+    domain: Domain,
+    signing_seed: bytes,
+    sequence: int,
+    *,
+    previous: str,
+    ledger: int,
 ) -> bytes:
     """Return the bytes of a snapshot's object."""
     packed = zstandard.ZstdCompressor(level=3).compress(msgspec.msgpack.encode(body))
-    clear = _CLEAR.pack(
-        header("snapshot"),
-        bytes.fromhex(repository_id),
-        bytes.fromhex(domain.machine_id),
+    clear = encode_clear(
+        SNAPSHOT,
+        repository_id,
+        domain.machine_id,
         sequence,
-        bytes.fromhex(previous) or NO_SNAPSHOT,
-        len(packed) + SIV_SIZE,
+        previous=previous,
+        ledger=ledger,
+        size=len(packed) + SIV_SIZE,
     )
-    signed = clear + seal_record(domain.record_key("snapshot"), clear, packed)
-    return signed + sign(signing_seed, _CONTEXT, signed)
-
-
-def put_snapshot(store: Store, machine_id: str, sequence: int, data: bytes) -> str:
-    """Store a snapshot's bytes and return its id."""
-    identity = digest(data).hex()
-    put_once(store, snapshot_name(machine_id, sequence, identity), [data])
-    return identity
-
-
-def open_envelope(name: str, data: bytes, machine: MachineRecord) -> Envelope:
-    """Check everything about a snapshot that needs no key, its signature included. Raises DamagedError."""
-    if len(data) < _CLEAR.size + SIV_SIZE + SIGNATURE_SIZE:
-        raise damaged(name, "it is too short for a snapshot")
-    magic, repository, owner, sequence, previous, size = _CLEAR.unpack_from(data)
-    if magic != header("snapshot") or repository.hex() != machine.repository or owner.hex() != machine.id:
-        raise damaged(name, "it is no snapshot of this machine and repository")
-    if _CLEAR.size + size + SIGNATURE_SIZE != len(data):
-        raise damaged(name, "it is longer or shorter than it says")
-    try:
-        verify(machine.verify_key, data[-SIGNATURE_SIZE:], _CONTEXT, data[:-SIGNATURE_SIZE])
-    except CipherError as error:
-        raise damaged(name, f"it is not signed by machine '{machine.name}'") from error
-    identity = digest(data).hex()
-    first = previous == NO_SNAPSHOT
-    if name != snapshot_name(machine.id, sequence, identity) or not 1 <= sequence < MAX_SEQUENCE:
-        raise damaged(name, "its name does not fit its content")
-    return Envelope(name, identity, machine.id, sequence, "" if first else previous.hex())
+    return sign_entry(SNAPSHOT, signing_seed, clear, seal_record(domain.record_key(SNAPSHOT), clear, packed))
 
 
 def open_snapshot(envelope: Envelope, data: bytes, machine: MachineRecord, domain: Domain) -> Snapshot:
     """Open the sealed part of a snapshot whose envelope was checked. Raises DamagedError."""
-    sealed = data[_CLEAR.size : -SIGNATURE_SIZE]
+    clear, sealed = split_body(data)
     try:
-        packed = open_record(domain.record_key("snapshot"), data[: _CLEAR.size], sealed)
+        packed = open_record(domain.record_key(SNAPSHOT), clear, sealed)
     except CipherError as error:
         raise damaged(envelope.name, "its seal is not that of the machine") from error
     body = decode_body(envelope.name, packed)
@@ -203,23 +144,3 @@ def check_image(name: str, image: ImageRecord) -> None:
         raise damaged(name, f"the map of image '{image.volume}' does not fit its size")
     if image.digest != map_digest(image.size, image.chunk_size, list(image.pages)):
         raise damaged(name, f"the map of image '{image.volume}' is not the one it says")
-
-
-def check_chain(envelopes: Sequence[Envelope], machine: str) -> list[str]:
-    """Return what is wrong with the links of one machine's snapshots, given in the order of their numbers."""
-    problems: list[str] = []
-    before: Envelope | None = None
-    for each in envelopes:
-        if before is not None and before.sequence == each.sequence:
-            problems.append(f"machine '{machine}' has two snapshots with the number {each.sequence}")
-        elif before is not None and before.sequence + 1 != each.sequence:
-            gap = f"{before.sequence + 1} to {each.sequence - 1}"
-            problems.append(f"snapshots of machine '{machine}' have vanished: numbers {gap}")
-        elif before is not None and each.previous != before.id:
-            problems.append(
-                f"snapshot {each.sequence} of machine '{machine}' does not follow snapshot {before.sequence}"
-            )
-        elif before is None and (each.sequence != 1 or each.previous):
-            problems.append(f"snapshots of machine '{machine}' have vanished: all before number {each.sequence}")
-        before = each
-    return problems

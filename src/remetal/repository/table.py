@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from remetal.errors import UnavailableError
-from remetal.repository.packs import Contents, offsets
+from remetal.repository.packs import ZSTD, Contents, offsets
 
 _ROW = np.dtype(
     [
@@ -56,6 +56,7 @@ class ChunkTable:
         """Name (hash) and size in bytes of every pack."""
         self._numbers: set[bytes] = set()
         self._segments: list[tuple[_Keys, _Rows]] = []
+        self._marks: list[npt.NDArray[np.bool_]] = []
         self._waiting: list[_Rows] = []
         self._waiting_rows = 0
 
@@ -97,6 +98,34 @@ class ChunkTable:
         """Return the number of each chunk's pack, -1 for a chunk that the table lacks."""
         found = self._find(ids)
         return [int(self._segments[each][1][number]["pack"]) if each >= 0 else -1 for each, number in found]
+
+    def mark(self, ids: Sequence[bytes]) -> list[bytes]:
+        """Note that these chunks are needed, and return those that the table lacks. Nothing may be added any more.
+
+        Of a chunk that lies in several packs one copy is marked, always the same.
+        """
+        found = self._find(ids)
+        if not self._marks:
+            self._marks = [np.zeros(len(keys), np.bool_) for keys, _ in self._segments]
+        for segment, number in found:
+            if segment >= 0:
+                self._marks[segment][number] = True
+        return [identity for identity, (segment, _) in zip(ids, found, strict=True) if segment < 0]
+
+    def marked_bytes(self) -> npt.NDArray[np.int64]:
+        """Return for each pack how many of its bytes belong to marked chunks."""
+        total = np.zeros(len(self.packs), np.int64)
+        for marks, (_, rows) in zip(self._marks, self._segments, strict=False):
+            needed = rows[marks]
+            total += np.bincount(needed["pack"], needed["word"] & np.uint32(ZSTD - 1), len(self.packs)).astype(np.int64)
+        return total
+
+    def is_marked(self, identity: bytes, pack: bytes) -> bool:
+        """Whether the copy of a chunk that lies in this pack is marked."""
+        segment, number = self._find([identity])[0]
+        if segment < 0 or not self._marks[segment][number]:
+            return False
+        return self.packs[int(self._segments[segment][1][number]["pack"])][0] == pack
 
     def _find(self, ids: Sequence[bytes]) -> list[tuple[int, int]]:
         self._flush()

@@ -96,7 +96,9 @@ def select_snapshot(snapshots: Sequence[Snapshot], wanted: str, machine: str | N
 
     Raises UsageError if none or several fit.
     """
-    candidates = [each for each in snapshots if machine is None or _is_of(each, machine)]
+    candidates = [
+        each for each in snapshots if machine is None or is_of_machine(machine, each.machine, each.machine_id)
+    ]
     if not candidates:
         known = ", ".join(sorted({each.machine for each in snapshots}))
         raise UsageError(
@@ -122,9 +124,9 @@ def select_snapshot(snapshots: Sequence[Snapshot], wanted: str, machine: str | N
     return candidates[-1]
 
 
-def _is_of(snapshot: Snapshot, machine: str) -> bool:
-    """Whether a snapshot is of the machine with this name, or with an id that starts so (12 digits at least)."""
-    return machine == snapshot.machine or (len(machine) >= SHORT and snapshot.machine_id.startswith(machine.lower()))
+def is_of_machine(wanted: str, name: str, machine_id: str) -> bool:
+    """Whether a person means the machine of this name and id: by its name, or by 12 digits of its id at least."""
+    return wanted == name or (len(wanted) >= SHORT and machine_id.startswith(wanted.lower()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,10 @@ def find_snapshot(location: str, secret: Secret | None, wanted: str, machine: st
 def _read_records(repository: Repository, secret: Secret | None, machine: str | None) -> Listing:
     catalogs = open_records(repository, unlock(repository, secret) if secret is not None else None)
     snapshots = [
-        each for catalog in catalogs for each in catalog.snapshots() if machine is None or _is_of(each, machine)
+        each
+        for catalog in catalogs
+        for each in catalog.snapshots()
+        if machine is None or is_of_machine(machine, each.machine, each.machine_id)
     ]
     snapshots.sort(key=lambda each: (each.time, each.sequence))
     problems = [problem for catalog in catalogs for problem in catalog.problems]

@@ -1,0 +1,509 @@
+"""Forgetting and pruning: nothing that is needed goes, all that is not goes in the end, whatever is cut off when."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from contextlib import suppress
+
+import msgspec
+import pytest
+
+from remetal.errors import DamagedError, RemetalError, UnavailableError, UsageError
+from remetal.repository import (
+    MachineKeys,
+    Policy,
+    Snapshot,
+    accept_recipients,
+    add_recipient,
+    check_policy,
+    check_repository,
+    choose_kept,
+    clocks,
+    encoder,
+    enroll_machine,
+    forget_snapshots,
+    open_catalog,
+    open_repository,
+    open_session,
+    prune_machine,
+    rebuild_index,
+    unlock_with_passphrase,
+)
+from remetal.repository.clocks import Witness, passed
+from remetal.storage import NotFoundError
+from tests.repositories import CHUNK, Site, StoreDiedError, backup, die_at, make_site, restore, write
+
+
+def noise(name: str, chunks: int) -> bytes:
+    return hashlib.shake_256(name.encode()).digest(chunks * CHUNK)
+
+
+_A, _B, _C = noise("a", 4), noise("b", 5), noise("c", 3)
+_DATA = {"one": _A + _B, "two": _B + _C, "three": _C + noise("d", 4) + _A[:CHUNK]}
+
+
+@pytest.fixture(autouse=True)
+def many_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make packs and index objects small, so that a small backup has many of them."""
+    monkeypatch.setattr("remetal.repository.packs.PACK_SIZE", 2 * CHUNK)
+    monkeypatch.setattr(encoder, "PACKS_PER_INDEX", 2)
+
+
+class Clock:
+    """A host's clocks that the test sets."""
+
+    def __init__(self) -> None:
+        self.wall, self.uptime, self.boot = 1e9, 1e3, "boot-1"
+
+    def now(self) -> Witness:
+        return Witness(time=self.wall, host_id="h", boot_id=self.boot, uptime=self.uptime)
+
+    def sleep(self, seconds: float) -> None:
+        self.wall += seconds
+        self.uptime += seconds
+
+    def reboot(self, jump: float = 0.0) -> None:
+        self.wall += jump
+        self.uptime, self.boot = 10.0, f"{self.boot}+"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in ("forget", "prune"):
+        monkeypatch.setattr(f"remetal.repository.{module}.witness_now", clock.now)
+    return clock
+
+
+def three(site: Site) -> dict[str, Snapshot]:
+    return {name: backup(site, data, workers=1) for name, data in _DATA.items()}
+
+
+@pytest.fixture
+def site() -> Site:
+    return make_site()
+
+
+def prune(site: Site, grace: float = 0.0, max_unused: float = 0.0) -> None:
+    prune_machine(site.repository, site.key, site.keys.machine_id, grace=grace, max_unused=max_unused)
+
+
+def sound(site: Site, expected: dict[str, bytes]) -> None:
+    """Everything that is listed is what was acknowledged, restores to the last bit, and no check complains."""
+    listed = {each.id: each for each in open_catalog(site.repository, site.key).snapshots()}
+    assert listed.keys() == expected.keys()
+    for identity, data in expected.items():
+        assert restore(site, listed[identity]) == data
+    assert check_repository(site.repository, keys=site.key, read_data=True).problems == []
+    assert check_repository(site.repository, keys=None).problems == []
+    assert check_repository(site.repository, keys=site.keys).problems == []
+
+
+def stored_bytes(site: Site) -> int:
+    return sum(entry.size for entry in site.store.entries("packs/"))
+
+
+def test_forgotten_snapshots_are_gone_and_the_rest_is_whole(site: Site) -> None:
+    made = three(site)
+    before = stored_bytes(site)
+    assert forget_snapshots(site.repository, site.key, [made["two"].id, "nonsense"]) == [made["two"].id]
+    kept = {made[name].id: _DATA[name] for name in ("one", "three")}
+    sound(site, kept)
+    assert stored_bytes(site) == before
+    assert len(list(site.store.entries("history/"))) == 3
+    prune(site)
+    sound(site, kept)
+    after = backup(site, _DATA["two"])
+    assert after.sequence == 6
+    sound(site, {**kept, after.id: _DATA["two"]})
+
+
+def test_what_is_left_is_as_small_as_a_fresh_repository(site: Site) -> None:
+    made = three(site)
+    forget_snapshots(site.repository, site.key, [made["one"].id, made["two"].id])
+    prune(site)
+    sound(site, {made["three"].id: _DATA["three"]})
+    fresh = make_site()
+    backup(fresh, _DATA["three"], workers=1)
+    assert stored_bytes(site) <= stored_bytes(fresh) + 2 * 1300
+    assert len(list(site.store.entries("maps/"))) == 1
+    prune(site)
+    sound(site, {made["three"].id: _DATA["three"]})
+
+
+def test_nothing_to_do_changes_nothing(site: Site) -> None:
+    three(site)
+    before = dict(site.store.objects)
+    prune(site, max_unused=1.0)
+    assert site.store.objects == before
+
+
+def test_the_newest_may_be_forgotten_and_the_machine_goes_on(site: Site) -> None:
+    made = three(site)
+    forget_snapshots(site.repository, site.key, [each.id for each in made.values()])
+    prune(site)
+    sound(site, {})
+    assert stored_bytes(site) == 0
+    following = backup(site, _DATA["one"])
+    assert following.sequence > 4
+    sound(site, {following.id: _DATA["one"]})
+
+
+def test_a_policy_keeps_the_newest_of_each_period() -> None:
+    times = [f"2026-{month:02}-{day:02}T{hour:02}:00:00Z" for month in (1, 2, 3) for day in (1, 15) for hour in (1, 13)]
+    made = [_dated(number, time) for number, time in enumerate(times, start=1)]
+
+    def kept(policy: Policy) -> list[int]:
+        return sorted(int(each) for each in choose_kept(made, policy))
+
+    assert kept(Policy(keep_last=2)) == [11, 12]
+    assert kept(Policy(keep_daily=3)) == [8, 10, 12]
+    assert kept(Policy(keep_monthly=2)) == [8, 12]
+    assert kept(Policy(keep_yearly=5)) == [12]
+    assert kept(Policy(keep_hourly=1, keep_weekly=2)) == [10, 12]
+    assert kept(Policy(keep_last=1, keep_tag=("3",))) == [3, 12]
+    assert choose_kept(made, Policy(keep_last=1, keep_daily=1))["12"] == ("newest", "last", "daily")
+    assert choose_kept([], Policy(keep_last=1)) == {}
+
+
+def test_a_policy_survives_wrong_clocks() -> None:
+    """A snapshot ten years ahead takes one place of each rule and no more; the newest is the one made last."""
+    made = [_dated(1, "2026-01-01T00:00:00Z"), _dated(2, "2036-01-01T00:00:00Z"), _dated(3, "2026-01-02T00:00:00Z")]
+    made.append(_dated(4, "not a time"))
+    assert sorted(choose_kept(made, Policy(keep_daily=3))) == ["2", "3", "4"]
+    assert sorted(choose_kept(made, Policy(keep_yearly=9))) == ["2", "3", "4"]
+
+
+@pytest.mark.parametrize("policy", [Policy(), Policy(keep_tag=("a",)), Policy(keep_last=-1, keep_daily=3)])
+def test_policies_that_make_no_sense(policy: Policy) -> None:
+    with pytest.raises(UsageError):
+        check_policy(policy)
+
+
+def _dated(number: int, time: str) -> Snapshot:
+    return Snapshot(
+        id=str(number),
+        machine_id="m",
+        machine="web",
+        sequence=number,
+        previous="",
+        time=time,
+        hostname="",
+        tags=(str(number),),
+        version="",
+        layout=b"",
+        images=(),
+    )
+
+
+def test_the_grace_period_is_kept(site: Site, clock: Clock) -> None:
+    made = three(site)
+    forget_snapshots(site.repository, site.key, [made["one"].id])
+    kept = {made[name].id: _DATA[name] for name in ("two", "three")}
+    before = stored_bytes(site)
+    prune(site, grace=100)
+    clock.sleep(99)
+    prune(site, grace=100)
+    assert stored_bytes(site) >= before
+    sound(site, kept)
+    clock.sleep(2)
+    prune(site, grace=100)
+    assert stored_bytes(site) < before
+    sound(site, kept)
+
+
+@pytest.mark.parametrize("jump", [10 * 365 * 86400.0, 3600.0, -3600.0, -10 * 365 * 86400.0])
+def test_no_single_wrong_clock_ends_the_grace_period(site: Site, clock: Clock, jump: float) -> None:
+    made = three(site)
+    forget_snapshots(site.repository, site.key, [made["one"].id])
+    before = stored_bytes(site)
+    prune(site, grace=7200)
+    clock.reboot(jump)
+    prune(site, grace=7200)
+    clock.sleep(600)
+    prune(site, grace=7200)
+    assert stored_bytes(site) >= before
+    clock.sleep(7200)
+    prune(site, grace=7200)
+    assert stored_bytes(site) < before
+    sound(site, {made[name].id: _DATA[name] for name in ("two", "three")})
+
+
+def test_how_much_time_has_surely_passed() -> None:
+    def at(time: float, boot: str, uptime: float) -> Witness:
+        return Witness(time=time, host_id="h", boot_id=boot, uptime=uptime)
+
+    assert passed(at(0, "a", 5), at(1e9, "a", 65), most=10) == 60
+    assert passed(at(0, "a", 5), at(1e9, "b", 65), most=10) == 10
+    assert passed(at(50, "a", 5), at(53, "b", 65), most=10) == 3
+    assert passed(at(50, "a", 5), at(-1e9, "b", 65), most=10) == 0
+    assert passed(at(50, "", 5), at(51, "", 65), most=10) == 1
+    assert clocks.witness_now().uptime > 0
+
+
+def test_a_restore_under_way_goes_on_while_a_prune_runs(site: Site, clock: Clock) -> None:
+    from remetal.repository import open_reader
+
+    made = three(site)
+    with open_reader(site.repository, site.key, made["one"]) as reader:
+        forget_snapshots(site.repository, site.key, [made["one"].id])
+        prune(site, grace=100)
+        image = made["one"].images[0]
+        chunks = [reader.read_chunk(each) for run in reader.runs(image) for each in run.ids]
+    assert b"".join(chunks) == _DATA["one"]
+
+
+def test_a_backup_that_began_before_a_prune_does_not_rely_on_what_it_condemned(site: Site) -> None:
+    """It slept past its lease, so the prune did not wait for it; then it goes on."""
+    made = three(site)
+    with open_session(site.repository, site.keys, workers=1) as session:
+        write(session, _DATA["one"])
+        _drop_locks(site)
+        forget_snapshots(site.repository, site.key, [made["one"].id])
+        prune(site)
+        session._lock.check = lambda: None  # type: ignore[method-assign]  # it was asked a moment too early
+        with pytest.raises(UnavailableError, match="a prune ran"):
+            session.commit(layout=b"{}", hostname="h")
+    _drop_locks(site)
+    kept = {made[name].id: _DATA[name] for name in ("two", "three")}
+    sound(site, kept)
+    again = backup(site, _DATA["one"])
+    sound(site, {**kept, again.id: _DATA["one"]})
+
+
+def test_a_backup_commits_behind_a_forget_that_came_in_between(site: Site) -> None:
+    made = three(site)
+    with open_session(site.repository, site.keys, workers=1) as session:
+        write(session, _DATA["one"])
+        forget_snapshots(site.repository, site.key, [made["two"].id])
+        snapshot = session.commit(layout=b"{}", hostname="h")
+    assert snapshot.sequence == 5
+    sound(site, {made["one"].id: _DATA["one"], made["three"].id: _DATA["three"], snapshot.id: _DATA["one"]})
+
+
+def _drop_locks(site: Site) -> None:
+    for entry in list(site.store.entries("locks/")):
+        site.store.delete(entry.name)
+
+
+def test_a_page_that_is_condemned_is_not_used_again(site: Site, clock: Clock) -> None:
+    """The same content comes back while its map's page waits for its end: it gets a page of another name."""
+    made = three(site)
+    forget_snapshots(site.repository, site.key, [made["one"].id])
+    prune(site, grace=100)
+    again = backup(site, _DATA["one"], workers=1)
+    clock.sleep(101)
+    prune(site, grace=100)
+    sound(site, {made["two"].id: _DATA["two"], made["three"].id: _DATA["three"], again.id: _DATA["one"]})
+    assert again.images[0].pages != made["one"].images[0].pages
+
+
+def test_a_listing_that_hid_an_index_costs_nothing(site: Site, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store once shows less than it holds: the prune refuses, or what it condemned is found to be needed."""
+    made = three(site)
+    everything = {made[name].id: _DATA[name] for name in made}
+    entries = site.store.entries
+    for hidden in ("index/", "packs/", "maps/", "history/"):
+        for number in range(len(list(entries(hidden)))):
+            monkeypatch.setattr(
+                site.store,
+                "entries",
+                lambda prefix, hidden=hidden, number=number: iter(
+                    [e for at, e in enumerate(entries(prefix)) if not (prefix.startswith(hidden) and at == number)]
+                ),
+            )
+            with suppress(RemetalError):
+                prune(site, grace=100)
+            monkeypatch.setattr(site.store, "entries", entries)
+            clock.sleep(1000)
+            prune(site, grace=100)
+            prune(site, grace=100)
+            sound(site, everything)
+
+
+@pytest.mark.parametrize("prefix", ["history/", "index/", "maps/", "packs/"])
+def test_nothing_is_deleted_while_something_is_damaged(site: Site, prefix: str) -> None:
+    made = three(site)
+    forget_snapshots(site.repository, site.key, [made["two"].id])
+    for name in [entry.name for entry in site.store.entries(prefix)]:
+        good = site.store.objects[name]
+        for bad in (good[:-1], b"", None):
+            broken = site.copy()
+            if bad is None:
+                del broken.store.objects[name]
+            else:
+                broken.store.objects[name] = bad
+            before = dict(broken.store.objects)
+            try:
+                prune(broken)
+            except DamagedError:
+                gone = before.keys() - broken.store.objects.keys()
+                assert not {each for each in gone if not each.startswith("locks/")}, (name, bad)
+            else:
+                broken.store.objects[name] = good
+                sound(broken, {made[each].id: _DATA[each] for each in ("one", "three")})
+
+
+def test_what_was_condemned_does_not_come_back_by_a_repair(site: Site, clock: Clock) -> None:
+    made = three(site)
+    forget_snapshots(site.repository, site.key, [made["one"].id])
+    prune(site, grace=100)
+    assert rebuild_index(site.repository, site.key) == 0
+    clock.sleep(101)
+    prune(site, grace=100)
+    sound(site, {made[name].id: _DATA[name] for name in ("two", "three")})
+
+
+def test_what_an_interrupted_backup_left_goes(site: Site) -> None:
+    made = three(site)
+    other = Site(site.store, site.repository, enroll_machine(site.repository, "db"), site.key)
+    theirs = backup(other, _DATA["two"])
+    calm = dict(site.store.objects)
+    die_at(8, after=True)(site.store)
+    with pytest.raises(StoreDiedError):
+        backup(site, noise("lost", 8), workers=1)
+    for what in ("before", "after"):
+        setattr(site.store, what, lambda operation: None)
+    _drop_locks(site)
+    assert stored_bytes(site) > sum(len(data) for name, data in calm.items() if name.startswith("packs/"))
+    prune(site)
+    assert stored_bytes(site) <= sum(len(data) for name, data in calm.items() if name.startswith("packs/"))
+    sound(site, {**{made[name].id: _DATA[name] for name in made}, theirs.id: _DATA["two"]})
+
+
+def test_packs_that_are_written_anew_open_for_those_that_could_open_them(site: Site) -> None:
+    one = backup(site, _DATA["one"], workers=1)
+    second = unlock_with_passphrase(site.repository, _second(site))
+    two = backup(site, _DATA["two"], workers=1)
+    forget_snapshots(site.repository, site.key, [one.id])
+    prune(site)
+    sound(site, {two.id: _DATA["two"]})
+    with pytest.raises(RemetalError):
+        restore(Site(site.store, site.repository, site.keys, second), two)
+    accept_recipients(site.repository, site.keys)
+    three = backup(site, noise("new", 3), workers=1)
+    assert restore(Site(site.store, site.repository, site.keys, second), three) == noise("new", 3)
+
+
+def _second(site: Site) -> str:
+    add_recipient(site.repository, site.key, "second")
+    return "second"
+
+
+def _count(site: Site, work: Callable[[Site], object]) -> int:
+    count = 0
+
+    def step(operation: tuple[str, str]) -> None:
+        nonlocal count
+        count += 1
+
+    site.store.before = step
+    work(site)
+    return count
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_store_that_dies_at_any_change_of_forget_and_prune_loses_nothing(after: bool, clock: Clock) -> None:
+    start = make_site()
+    made = three(start)
+    kept = {made[name].id: _DATA[name] for name in ("two", "three")}
+
+    def forget(site: Site) -> None:
+        forget_snapshots(site.repository, site.key, [made["one"].id])
+
+    def forgotten(site: Site) -> Site:
+        forget(site)
+        return site
+
+    def condemned(site: Site) -> Site:
+        prune(forgotten(site), grace=100)
+        clock.sleep(101)
+        return site
+
+    works: list[tuple[Callable[[Site], Site], Callable[[Site], None]]] = [
+        (lambda site: site, forget),
+        (forgotten, lambda site: prune(site, grace=100)),
+        (forgotten, prune),
+        (condemned, lambda site: prune(site, grace=100)),
+    ]
+    for prepare, work in works:
+        base = prepare(start.copy())
+        total = _count(base.copy(), work)
+        assert total >= 2
+        for number in range(1, total + 1):
+            site = base.copy()
+            die_at(number, after=after)(site.store)
+            with suppress(StoreDiedError) if number == total else pytest.raises(StoreDiedError):
+                work(site)  # the last change may be that of giving the lock back, which nobody waits for
+            store = site.store.copy()
+            survived = Site(store, open_repository(store), MachineKeys(site.keys.stored), site.key)
+            _drop_locks(survived)
+            listed = {each.id for each in open_catalog(survived.repository, survived.key).snapshots()}
+            expected = dict(kept)
+            if made["one"].id in listed:
+                assert work is forget
+                expected[made["one"].id] = _DATA["one"]
+            sound(survived, expected)
+            following = backup(survived, _DATA["one"], workers=1)
+            sound(survived, {**expected, following.id: _DATA["one"]})
+            work(survived)
+            prune(survived)
+            expected = {identity: data for identity, data in expected.items() if identity != made["one"].id}
+            sound(survived, {**expected, following.id: _DATA["one"]})
+
+
+def test_a_ledger_that_a_stranger_wrote_means_nothing(site: Site) -> None:
+    made = three(site)
+    stranger = make_site()
+    theirs = backup(stranger, _DATA["one"])
+    forget_snapshots(stranger.repository, stranger.key, [theirs.id])
+    name = max(entry.name for entry in stranger.store.entries("history/"))
+    forged = f"history/{site.keys.machine_id}/{4:016x}"
+    site.store.objects[forged] = stranger.store.objects[name]
+    catalog = open_catalog(site.repository, site.key)
+    assert len(catalog.snapshots()) == 3
+    assert any(forged in problem for problem in catalog.problems)
+    following = backup(site, _DATA["one"])
+    assert following.sequence == 5
+    assert restore(site, following) == _DATA["one"]
+    assert restore(site, made["one"]) == _DATA["one"]
+
+
+def test_a_machine_cannot_forget(site: Site) -> None:
+    """A ledger that is signed by the machine's own key is no ledger."""
+    import zstandard
+
+    from remetal.repository.clocks import witness_now
+    from remetal.repository.history import LEDGER, Gone, encode_clear, entry_name, sign_entry
+    from remetal.repository.ledgers import NOTHING_DOOMED, LedgerBody
+
+    made = three(site)
+    one = made["one"]
+    body = LedgerBody(
+        time="t",
+        version="v",
+        witness=witness_now(),
+        gone=(Gone(first=1, last=1, previous="", id=one.id),),
+        condemned=(),
+        doomed=NOTHING_DOOMED,
+    )
+    packed = zstandard.ZstdCompressor().compress(msgspec.msgpack.encode(body))
+    for signer in ("", site.key.id, site.keys.machine_id):
+        clear = encode_clear(
+            LEDGER,
+            site.repository.config.id,
+            site.keys.machine_id,
+            4,
+            previous=made["three"].id,
+            ledger=0,
+            signer=signer,
+            size=len(packed),
+        )
+        data = sign_entry(LEDGER, site.keys.stored.signing_seed, clear, packed)
+        site.store.objects[entry_name(site.keys.machine_id, 4)] = data
+        assert len(open_catalog(site.repository, site.key).snapshots()) == 3
+        with pytest.raises(DamagedError, match="damaged"):
+            prune(site)
+    with pytest.raises(NotFoundError):
+        site.store.get(f"locks/{site.keys.machine_id}/{1:016x}")
