@@ -20,7 +20,8 @@ from remetal.layout.layers.remaking import Remake
 from remetal.layout.model import FileSystem
 from remetal.layout.remake import apply_remake, is_remade, plan_remake
 from remetal.layout.signatures import probe_signature
-from remetal.repository import Snapshot, open_session
+from remetal.repository.session import open_session
+from remetal.repository.snapshots import Snapshot
 from remetal.system.blockdev import Span, open_disk
 from remetal.system.loop import attach_loop
 from remetal.system.mounts import mounted

@@ -7,21 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from remetal.errors import UnavailableError
-from remetal.repository import (
-    ZERO_ID,
-    Batch,
-    MachineKeys,
-    RecipientKey,
-    Repository,
-    Session,
-    Snapshot,
-    enroll_machine,
-    init_repository,
-    open_reader,
-    open_repository,
-    open_session,
-    unlock_with_kit,
-)
+from remetal.repository.machines import MachineKeys
+from remetal.repository.maps import ZERO_ID
+from remetal.repository.reader import open_reader
+from remetal.repository.recipients import RecipientKey
+from remetal.repository.repository import Repository, enroll_machine, init_repository, open_repository, unlock_with_kit
+from remetal.repository.session import Batch, Session, open_session
+from remetal.repository.snapshots import Snapshot
 from remetal.storage import AlreadyExistsError, Entry, NotFoundError, Pieces
 from remetal.storage.store import check_name
 from remetal.units import KIB

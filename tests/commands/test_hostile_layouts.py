@@ -14,7 +14,8 @@ import pytest
 
 from remetal.layout.model import Disk, GptTable, Layout, Partition
 from remetal.layout.record import encode_layout
-from remetal.repository import load_machine_keys, open_session
+from remetal.repository.repository import load_machine_keys
+from remetal.repository.session import open_session
 from remetal.system.blockdev import Span
 from remetal.system.loop import attach_loop
 from remetal.units import MIB

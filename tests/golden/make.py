@@ -12,16 +12,16 @@ import hashlib
 import json
 from pathlib import Path
 
-from remetal.repository import (
-    FORMAT,
+from remetal.repository.config import FORMAT
+from remetal.repository.objects import encode_json
+from remetal.repository.repository import (
     accept_recipients,
     add_recipient,
     enroll_machine,
     init_repository,
-    open_session,
     unlock_with_kit,
 )
-from remetal.repository.objects import encode_json
+from remetal.repository.session import open_session
 from tests.repositories import CHUNK, MemoryStore, batches_of
 
 FOLDER = Path(__file__).parent

@@ -14,17 +14,11 @@ from remetal.errors import DamagedError, RemetalError
 from remetal.image.capture import read_batches
 from remetal.image.extents import Extent
 from remetal.image.restore import Written, restore_image, verify_image
-from remetal.repository import (
-    ImageRecord,
-    RecipientKey,
-    Repository,
-    Snapshot,
-    enroll_machine,
-    init_repository,
-    open_reader,
-    open_session,
-    unlock_with_kit,
-)
+from remetal.repository.reader import open_reader
+from remetal.repository.recipients import RecipientKey
+from remetal.repository.repository import Repository, enroll_machine, init_repository, unlock_with_kit
+from remetal.repository.session import open_session
+from remetal.repository.snapshots import ImageRecord, Snapshot
 from remetal.system.blockdev import Span
 from tests.repositories import CHUNK, PASSPHRASE, MemoryStore
 

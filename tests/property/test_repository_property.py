@@ -14,17 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from remetal.errors import DamagedError, RefusedError
-from remetal.repository import ZERO_ID, Batch, check_repository, open_reader, open_session
+from remetal.repository.check import check_repository
 from remetal.repository.config import decode_config
 from remetal.repository.history import open_envelope
 from remetal.repository.indexes import decode_index, encode_index
 from remetal.repository.kit import RecoveryKit, parse_kit
 from remetal.repository.locks import LockRecord
 from remetal.repository.machines import MachineRecord
-from remetal.repository.maps import DATA, HOLE, ZERO, PageBuilder, decode_page
+from remetal.repository.maps import DATA, HOLE, ZERO, ZERO_ID, PageBuilder, decode_page
 from remetal.repository.objects import decode_json
 from remetal.repository.packs import ENTRY, MAX_CHUNKS, ZSTD, Contents, open_pack
+from remetal.repository.reader import open_reader
 from remetal.repository.recipients import RecipientRecord
+from remetal.repository.session import Batch, open_session
 from remetal.repository.slots import Slot
 from remetal.repository.snapshots import ImageRecord, check_image, decode_body
 from remetal.repository.table import ChunkTable

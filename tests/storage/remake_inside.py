@@ -8,7 +8,7 @@ from pathlib import Path
 from remetal.image.copy import restore_files
 from remetal.layout.model import FileSystem
 from remetal.layout.remake import apply_remake, is_remade
-from remetal.repository import open_reader
+from remetal.repository.reader import open_reader
 from remetal.system.blockdev import Span
 from remetal.system.loop import attach_loop
 from remetal.system.mounts import mounted

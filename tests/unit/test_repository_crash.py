@@ -12,22 +12,15 @@ import msgspec
 import pytest
 
 from remetal.errors import RefusedError, RemetalError, UnavailableError
-from remetal.repository import (
-    Batch,
-    MachineKeys,
-    add_recipient,
-    check_repository,
-    encoder,
-    enroll_machine,
-    init_repository,
-    list_keys,
-    open_catalog,
-    open_repository,
-    open_session,
-)
+from remetal.repository import encoder
+from remetal.repository.catalog import open_catalog
+from remetal.repository.check import check_repository
 from remetal.repository.locks import LEASE, LockRecord, _process_start, _this_process, hold_machine, is_stale
+from remetal.repository.machines import MachineKeys
 from remetal.repository.objects import encode_json
 from remetal.repository.packs import Codec
+from remetal.repository.repository import add_recipient, enroll_machine, init_repository, list_keys, open_repository
+from remetal.repository.session import Batch, open_session
 from tests.repositories import CHUNK, MemoryStore, Site, StoreDiedError, backup, die_at, make_site, restore, write
 
 _FIRST = os.urandom(4 * CHUNK)

@@ -10,21 +10,14 @@ import pytest
 
 from remetal.errors import DamagedError, RefusedError, UnavailableError
 from remetal.events import Event, Note
-from remetal.repository import (
-    CheckResult,
-    MachineKeys,
-    Snapshot,
-    check_repository,
-    enroll_machine,
-    open_catalog,
-    open_repository,
-    open_session,
-    rebuild_index,
-    unlock_with_passphrase,
-)
+from remetal.repository.catalog import open_catalog
+from remetal.repository.check import CheckResult, check_repository, rebuild_index
 from remetal.repository.cipher import sign
-from remetal.repository.machines import Head
+from remetal.repository.machines import Head, MachineKeys
 from remetal.repository.objects import encode_json, encode_lines, put_named
+from remetal.repository.repository import enroll_machine, open_repository, unlock_with_passphrase
+from remetal.repository.session import open_session
+from remetal.repository.snapshots import Snapshot
 from tests.repositories import CHUNK, PASSPHRASE, MemoryStore, Site, backup, make_site, restore, write
 
 _DATA = os.urandom(3 * CHUNK) + bytes(2 * CHUNK) + b"text " * 20_000 + os.urandom(77)

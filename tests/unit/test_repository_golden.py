@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from remetal.repository import (
-    check_repository,
+from remetal.repository.catalog import open_catalog
+from remetal.repository.check import check_repository
+from remetal.repository.repository import (
     list_keys,
     load_machine_keys,
-    open_catalog,
     open_repository,
-    open_session,
     unlock_with_kit,
     unlock_with_passphrase,
 )
+from remetal.repository.session import open_session
 from tests.golden.make import golden_image
 from tests.repositories import MemoryStore, Site, restore, write
 

@@ -10,9 +10,12 @@ import msgspec
 import pytest
 
 from remetal.errors import DamagedError, RefusedError, RemetalError, UsageError
-from remetal.repository import (
-    MachineKeys,
-    RecipientKey,
+from remetal.repository.catalog import open_catalog
+from remetal.repository.config import Config, decode_config, encode_config
+from remetal.repository.machines import MachineKeys, state_folder
+from remetal.repository.objects import SLOTS, decode_json, encode_json, put_named
+from remetal.repository.recipients import RecipientKey, put_recipient
+from remetal.repository.repository import (
     accept_recipients,
     add_passphrase,
     add_recipient,
@@ -23,18 +26,13 @@ from remetal.repository import (
     load_machine_keys,
     make_kit,
     new_recipients,
-    open_catalog,
     open_repository,
-    open_session,
     remove_passphrase,
     save_machine_keys,
-    state_folder,
     unlock_with_kit,
     unlock_with_passphrase,
 )
-from remetal.repository.config import Config, decode_config, encode_config
-from remetal.repository.objects import SLOTS, decode_json, encode_json, put_named
-from remetal.repository.recipients import put_recipient
+from remetal.repository.session import open_session
 from remetal.repository.slots import MAX_SLOTS, Slot
 from tests.repositories import CHUNK, PASSPHRASE, MemoryStore, Site, backup, make_site, restore
 

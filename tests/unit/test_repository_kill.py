@@ -13,21 +13,21 @@ from pathlib import Path
 import pytest
 
 from remetal.errors import UnavailableError
-from remetal.repository import (
-    MachineKeys,
-    RecipientKey,
+from remetal.repository.catalog import open_catalog
+from remetal.repository.check import check_repository
+from remetal.repository.machines import MachineKeys
+from remetal.repository.reader import open_reader
+from remetal.repository.recipients import RecipientKey
+from remetal.repository.repository import (
     Repository,
-    check_repository,
     enroll_machine,
     init_repository,
     load_machine_keys,
-    open_catalog,
-    open_reader,
     open_repository,
-    open_session,
     save_machine_keys,
     unlock_with_kit,
 )
+from remetal.repository.session import open_session
 from remetal.storage import LocalStore
 from remetal.system.blockdev import Span
 from remetal.system.loop import attach_loop
@@ -39,7 +39,9 @@ from tests.repositories import CHUNK, PASSPHRASE, batches_of
 _BACKUP = """
 import sys
 from pathlib import Path
-from remetal.repository import load_machine_keys, open_repository, open_session, packs
+from remetal.repository import packs
+from remetal.repository.repository import load_machine_keys, open_repository
+from remetal.repository.session import open_session
 from remetal.repository import encoder
 from remetal.storage import open_store
 from tests.repositories import batches_of

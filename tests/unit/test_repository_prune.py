@@ -10,27 +10,23 @@ import msgspec
 import pytest
 
 from remetal.errors import DamagedError, RemetalError, UnavailableError, UsageError
-from remetal.repository import (
-    MachineKeys,
-    Policy,
-    Snapshot,
+from remetal.repository import clocks, encoder
+from remetal.repository.catalog import open_catalog
+from remetal.repository.check import check_repository, rebuild_index
+from remetal.repository.clocks import Witness, passed
+from remetal.repository.forget import forget_snapshots
+from remetal.repository.machines import MachineKeys
+from remetal.repository.prune import prune_machine
+from remetal.repository.repository import (
     accept_recipients,
     add_recipient,
-    check_policy,
-    check_repository,
-    choose_kept,
-    clocks,
-    encoder,
     enroll_machine,
-    forget_snapshots,
-    open_catalog,
     open_repository,
-    open_session,
-    prune_machine,
-    rebuild_index,
     unlock_with_passphrase,
 )
-from remetal.repository.clocks import Witness, passed
+from remetal.repository.retention import Policy, check_policy, choose_kept
+from remetal.repository.session import open_session
+from remetal.repository.snapshots import Snapshot
 from remetal.storage import NotFoundError
 from tests.repositories import CHUNK, Site, StoreDiedError, backup, die_at, make_site, restore, write
 
@@ -243,7 +239,7 @@ def test_how_much_time_has_surely_passed() -> None:
 
 
 def test_a_restore_under_way_goes_on_while_a_prune_runs(site: Site, clock: Clock) -> None:
-    from remetal.repository import open_reader
+    from remetal.repository.reader import open_reader
 
     made = three(site)
     with open_reader(site.repository, site.key, made["one"]) as reader:

@@ -24,7 +24,8 @@ from remetal.events import Event, Progress, silent
 from remetal.image import served
 from remetal.image.copy import mounted_image
 from remetal.image.served import served_image
-from remetal.repository import ImageRecord, Reader, Snapshot, open_reader
+from remetal.repository.reader import Reader, open_reader
+from remetal.repository.snapshots import ImageRecord, Snapshot
 from remetal.system.blockdev import Span
 from remetal.system.loop import attach_loop
 from remetal.system.mounts import mounted, probe_mounts
@@ -248,7 +249,7 @@ _KILLED = """
 import random, sys, time
 from pathlib import Path
 from remetal.image.copy import mounted_image
-from remetal.repository import open_reader
+from remetal.repository.reader import open_reader
 from remetal.system.mounts import enter_private_mounts
 from remetal.system.run import start
 from tests.remaking import capture

@@ -21,7 +21,9 @@ from remetal.image.shrink import Shrinking, restore_shrunk
 from remetal.layout.layers.btrfs import least_size, plan_shrinking, probe_groups
 from remetal.layout.layers.contract import Content
 from remetal.layout.model import FileSystem
-from remetal.repository import Snapshot, open_reader, open_session
+from remetal.repository.reader import open_reader
+from remetal.repository.session import open_session
+from remetal.repository.snapshots import Snapshot
 from remetal.system.blockdev import Span, open_disk
 from remetal.system.loop import attach_loop
 from remetal.system.mounts import mounted

@@ -8,15 +8,15 @@ import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
 from types import FrameType
-
-from cyclopts import App, CycloptsError
-from cyclopts.exceptions import UnknownCommandError, UnusedCliTokensError
+from typing import TYPE_CHECKING
 
 from remetal import __version__
-from remetal.cli.options import DEFAULTS
 from remetal.cli.output import print_error
 from remetal.errors import EXIT_CODES, RemetalError, UsageError
 from remetal.system.mounts import enter_private_mounts
+
+if TYPE_CHECKING:
+    from cyclopts import App, CycloptsError
 
 COMMANDS = {
     "init": ("remetal.cli.init:init", "Make a repository and its first recipient; print the recovery kit."),
@@ -57,6 +57,10 @@ def build_app(*, overview: bool) -> App:
 
     For the overview each has its one line; otherwise the one that is called is described by its own docstring.
     """
+    from cyclopts import App
+
+    from remetal.cli.options import DEFAULTS
+
     app = App(
         name="remetal",
         help=_HELP,
@@ -75,6 +79,11 @@ def build_app(*, overview: bool) -> App:
 
 def run_command(argv: Sequence[str]) -> int:
     """Carry out one command line and return its exit code; errors are printed, never raised."""
+    if list(argv) == ["--version"]:  # asked by every inventory script: it loads nothing
+        print(f"remetal {__version__}")  # noqa: T201
+        return 0
+    from cyclopts import CycloptsError
+
     as_json = "--json" in argv
     debug = "--debug" in argv
     try:
@@ -108,6 +117,8 @@ def run_command(argv: Sequence[str]) -> int:
 
 
 def _explain(error: CycloptsError, command: str) -> UsageError:
+    from cyclopts.exceptions import UnknownCommandError, UnusedCliTokensError
+
     help_hint = f"See `remetal {command}{' ' if command else ''}--help`."
     match error:
         case UnknownCommandError(unused_tokens=[word, *_]):

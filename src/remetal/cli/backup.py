@@ -7,7 +7,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from remetal.cli.options import LuksKeyFiles, LuksPassphrases, Output, Repo, find_asker, read_luks_keys
+from remetal.cli.luks_options import LuksKeyFiles, LuksPassphrases, find_asker, read_luks_keys
+from remetal.cli.options import Output, Repo
 from remetal.cli.output import print_result, reporting
 from remetal.cli.tables import escape
 from remetal.ids import short

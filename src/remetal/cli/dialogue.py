@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from remetal import __version__
-from remetal.cli.options import Output, type_luks_passphrase
+from remetal.cli.luks_options import type_luks_passphrase
+from remetal.cli.options import Output
 from remetal.cli.output import clean, print_error, reporting
 from remetal.cli.recovery import as_failure, end_machine, frame, logged, say
 from remetal.errors import RefusedError, RemetalError
@@ -30,7 +31,7 @@ from remetal.workflows.recover import Found, Recovery, leave_log, recover
 if TYPE_CHECKING:
     from remetal.layout.model import Disk, Layout, Luks
     from remetal.layout.plan import Target
-    from remetal.repository import Snapshot
+    from remetal.repository.snapshots import Snapshot
     from remetal.workflows.restore import Prepared
 
 _SEARCH_DEPTH = 2
@@ -272,8 +273,8 @@ def _ask_passphrase(container: Luks, wrong: int) -> bytes:
 
 
 def _agree(prepared: Prepared) -> None:
+    from remetal.cli.layouts import plan_view
     from remetal.cli.output import result_console
-    from remetal.cli.tables import plan_view
 
     for each in plan_view(prepared):
         result_console().print(each)

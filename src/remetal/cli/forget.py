@@ -12,7 +12,7 @@ from remetal.cli.options import Credentials, Machine, Output, Repo, need_secret
 from remetal.cli.output import print_result, reporting
 from remetal.cli.tables import decided_table, snapshot_record
 from remetal.errors import UsageError
-from remetal.repository import Policy
+from remetal.repository.retention import Policy
 from remetal.workflows.retention import Policies, forget_by_policy, forget_named, read_policies
 
 

@@ -12,7 +12,8 @@ from remetal.cli.key import new_kit_page
 from remetal.cli.options import Output, Repo, new_passphrase
 from remetal.cli.output import print_result
 from remetal.cli.tables import escape
-from remetal.repository import DEFAULT_CHUNK_SIZE, init_repository
+from remetal.repository.config import DEFAULT_CHUNK_SIZE
+from remetal.repository.repository import init_repository
 from remetal.storage import open_store
 from remetal.units import format_bytes, parse_bytes
 

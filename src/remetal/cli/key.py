@@ -16,8 +16,8 @@ from remetal.cli.output import print_result
 from remetal.cli.tables import escape, key_table
 from remetal.errors import RemetalError, UsageError
 from remetal.ids import short
-from remetal.repository import (
-    RecoveryKit,
+from remetal.repository.kit import RecoveryKit
+from remetal.repository.repository import (
     accept_recipients,
     add_passphrase,
     add_recipient,

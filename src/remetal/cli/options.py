@@ -4,33 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from getpass import getpass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import Group, Parameter
 
-from remetal.cli.output import clean
 from remetal.errors import RefusedError, UsageError
-from remetal.layout.keys import Key
-from remetal.layout.model import SpaceId
 from remetal.workflows.access import Secret
-
-if TYPE_CHECKING:
-    from remetal.layout.model import Luks
-    from remetal.workflows.passphrases import AskPassphrase
 
 DEFAULTS = Parameter(show_default=False)
 """How parameters are shown that say nothing else: defaults stand in their help where they matter."""
 
 _LONGEST_SECRET = 1 << 20
 """Size in bytes above which nothing can be a passphrase or a recovery kit."""
-
-_LONGEST_KEY_FILE = 8 << 20
-"""Size in bytes of the longest key file that cryptsetup(8) takes."""
 
 GENERAL = Group("General options", sort_key=90)
 
@@ -90,74 +78,6 @@ class Credentials:
     ] = None
 
 
-LuksPassphrases = Annotated[
-    tuple[str, ...],
-    Parameter(
-        name="--luks-passphrase-file",
-        help="Open LUKS containers with the passphrase in the first line of this file: all of them, or the one on the "
-        "space SPACE (such as sda:3); may be repeated.",
-        metavar="[SPACE=]FILE",
-        negative="",
-    ),
-]
-LuksKeyFiles = Annotated[
-    tuple[str, ...],
-    Parameter(
-        name="--luks-key-file",
-        help="Open LUKS containers with this key file, all of whose bytes count; may be repeated.",
-        metavar="[SPACE=]FILE",
-        negative="",
-    ),
-]
-
-
-def read_luks_keys(passphrases: Sequence[str], key_files: Sequence[str]) -> tuple[Key, ...]:
-    """Return the keys that the options for LUKS containers name. Raises UsageError if a file cannot be read."""
-    keys = []
-    for word in passphrases:
-        space, path = _split_space(word)
-        lines = _read_bytes(path).splitlines()
-        if not lines or not lines[0]:
-            raise UsageError(f"the first line of {path} is empty", hint="Write the passphrase into its first line.")
-        keys.append(Key(lines[0], space))
-    for word in key_files:
-        space, path = _split_space(word)
-        data = _read_bytes(path, _LONGEST_KEY_FILE)
-        if not 0 < len(data) <= _LONGEST_KEY_FILE:
-            raise UsageError(f"{path} is no key file: it is {'too long' if data else 'empty'}")
-        keys.append(Key(data, space))
-    return tuple(keys)
-
-
-def _split_space(word: str) -> tuple[SpaceId, Path]:
-    """Return the space and the file of `[SPACE=]FILE`; a file whose own name holds `=` is taken as it is."""
-    space, equals, path = word.partition("=")
-    if not equals or Path(word).exists():
-        return "", Path(word)
-    return space, Path(path)
-
-
-def type_luks_passphrase(container: Luks, wrong: int, *, enter: str) -> bytes | None:
-    """Ask on the terminal for the passphrase of a LUKS container; `enter` says what an empty answer does.
-
-    `wrong` is how many answers were wrong. Returns None for an empty answer.
-    """
-    words = [f"LUKS container on {clean(container.on)}", f"UUID {clean(container.uuid)}"]
-    words += [f"label {clean(container.label)}"] if container.label else []
-    if wrong:
-        print("That opens none of its key slots.", file=sys.stderr)  # noqa: T201
-    try:
-        typed = getpass(f"Passphrase of the {', '.join(words)} (Enter: {enter}): ")
-    except EOFError:
-        return None
-    return os.fsencode(typed) or None
-
-
-def find_asker(enter: str) -> AskPassphrase | None:
-    """Return what asks for passphrases of LUKS containers, or None if there is no terminal; `enter` as above."""
-    return partial(type_luks_passphrase, enter=enter) if sys.stdin.isatty() else None
-
-
 def find_secret(credentials: Credentials) -> Secret | None:
     """Return the secret that the options name, or None if they name none.
 
@@ -213,7 +133,7 @@ def new_passphrase(file: Path | None, *, what: str) -> str:
     return first
 
 
-def _read_bytes(path: Path, longest: int = _LONGEST_SECRET) -> bytes:
+def read_bytes(path: Path, longest: int = _LONGEST_SECRET) -> bytes:
     """Return a file's bytes; of one that is too long, one byte more than the longest has."""
     try:
         with path.open("rb") as file:
@@ -225,7 +145,7 @@ def _read_bytes(path: Path, longest: int = _LONGEST_SECRET) -> bytes:
 
 
 def _read_text(path: Path) -> str:
-    data = _read_bytes(path)
+    data = read_bytes(path)
     try:
         if len(data) <= _LONGEST_SECRET:
             return data.decode("utf-8-sig")

@@ -7,9 +7,9 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from remetal.cli.layouts import inventory_lines, layout_table
 from remetal.cli.options import Output
 from remetal.cli.output import print_result, reporting
-from remetal.cli.tables import inventory_lines, layout_table
 from remetal.layout.machine import probe_machine
 from remetal.layout.probe import probe_layout
 

@@ -11,7 +11,7 @@ from remetal.cli.options import Credentials, Machine, Output, Repo, need_secret
 from remetal.cli.output import print_result, reporting
 from remetal.cli.tables import pruned_table
 from remetal.errors import UsageError
-from remetal.repository import DEFAULT_GRACE, DEFAULT_UNUSED
+from remetal.repository.prune import DEFAULT_GRACE, DEFAULT_UNUSED
 from remetal.units import parse_duration
 from remetal.workflows.retention import prune_repository
 

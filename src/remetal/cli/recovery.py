@@ -144,8 +144,8 @@ def say(*lines: str) -> None:
 
 def _agreeing(recovery: Recovery, found: Found, report: Report) -> Callable[[Prepared], None]:
     def agree(prepared: Prepared) -> None:
+        from remetal.cli.layouts import plan_view
         from remetal.cli.output import result_console
-        from remetal.cli.tables import plan_view
 
         for each in plan_view(prepared):
             result_console().print(each)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from remetal.cli.options import Credentials, Output, Repo, need_secret
 from remetal.cli.output import print_result, reporting
-from remetal.repository import rebuild_index
+from remetal.repository.check import rebuild_index
 from remetal.workflows.access import opened_repository, unlock
 
 

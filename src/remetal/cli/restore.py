@@ -9,20 +9,10 @@ from typing import Annotated
 import msgspec
 from cyclopts import Parameter
 
-from remetal.cli.options import (
-    Credentials,
-    LuksKeyFiles,
-    LuksPassphrases,
-    Machine,
-    Output,
-    Repo,
-    find_asker,
-    find_secret,
-    need_secret,
-    read_luks_keys,
-)
+from remetal.cli.layouts import plan_record, plan_view, restore_lines
+from remetal.cli.luks_options import LuksKeyFiles, LuksPassphrases, find_asker, read_luks_keys
+from remetal.cli.options import Credentials, Machine, Output, Repo, find_secret, need_secret
 from remetal.cli.output import delivered, print_result, reporting, result_console
-from remetal.cli.tables import plan_record, plan_view, restore_lines
 from remetal.errors import RefusedError
 from remetal.ids import short
 from remetal.layout.plan import Plan

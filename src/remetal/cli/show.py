@@ -7,9 +7,10 @@ from typing import Annotated
 import msgspec
 from cyclopts import Parameter
 
+from remetal.cli.layouts import inventory_lines, layout_table
 from remetal.cli.options import Credentials, Machine, Output, Repo, find_secret
 from remetal.cli.output import print_result
-from remetal.cli.tables import inventory_lines, layout_table, snapshot_lines, snapshot_record
+from remetal.cli.tables import snapshot_lines, snapshot_record
 from remetal.layout.record import decode_layout
 from remetal.workflows.access import find_snapshot
 

@@ -18,7 +18,8 @@ import numpy as np
 
 from remetal.events import Progress, Report, silent
 from remetal.image.extents import Extent, probe_used
-from remetal.repository import Batch, ImageRecord, Session
+from remetal.repository.session import Batch, Session
+from remetal.repository.snapshots import ImageRecord
 from remetal.system.blockdev import DiskIO, Span, aligned_buffer, is_block_device, open_disk, probe_geometry
 from remetal.units import KIB, MIB, align_down, align_up
 

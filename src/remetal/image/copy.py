@@ -19,7 +19,8 @@ from remetal.events import Report, Warn, silent
 from remetal.image import carry
 from remetal.image.restore import Written
 from remetal.image.served import served_image
-from remetal.repository import ImageRecord, Reader
+from remetal.repository.reader import Reader
+from remetal.repository.snapshots import ImageRecord
 from remetal.system.blockdev import Span
 from remetal.system.loop import attach_loop, probe_written
 from remetal.system.mounts import mounted

@@ -18,7 +18,9 @@ import numpy as np
 from remetal.errors import DamagedError
 from remetal.events import Progress, Report, silent
 from remetal.image.capture import wants_direct
-from remetal.repository import ZERO_ID, ImageRecord, Reader, Run
+from remetal.repository.maps import ZERO_ID, Run
+from remetal.repository.reader import Reader
+from remetal.repository.snapshots import ImageRecord
 from remetal.system.blockdev import DiskIO, Span, aligned_buffer, open_disk
 from remetal.units import MIB
 

@@ -19,7 +19,9 @@ from pathlib import Path
 
 from remetal.errors import DamagedError, RemetalError
 from remetal.events import Progress, Report, silent
-from remetal.repository import ZERO_ID, ImageRecord, Reader
+from remetal.repository.maps import ZERO_ID
+from remetal.repository.reader import Reader
+from remetal.repository.snapshots import ImageRecord
 from remetal.system.blockdev import DiskIO, Span, open_disk
 from remetal.system.fuse import Content, Pieces, shown_file
 from remetal.units import GIB, KIB, MIB

@@ -17,7 +17,8 @@ from remetal.errors import RemetalError
 from remetal.events import Report, silent
 from remetal.image.restore import Written, restore_image
 from remetal.image.served import served_image
-from remetal.repository import ImageRecord, Reader
+from remetal.repository.reader import Reader
+from remetal.repository.snapshots import ImageRecord
 from remetal.system.blockdev import Span
 from remetal.system.loop import attach_loop, probe_written
 from remetal.system.mounts import mounted

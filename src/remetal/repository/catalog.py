@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from remetal.errors import DamagedError, RefusedError
@@ -18,16 +18,12 @@ from remetal.repository.history import (
     open_envelope,
     sequence_of,
 )
-from remetal.repository.indexes import index_folder, read_index
 from remetal.repository.ledgers import MAX_LEDGER, Ledger, open_ledger
 from remetal.repository.machines import Domain, Head, MachineKeys, MachineRecord, open_secrets, read_machines
-from remetal.repository.maps import Run, read_pages
 from remetal.repository.objects import HISTORY, damaged, get_object
-from remetal.repository.packs import Contents
 from remetal.repository.recipients import RecipientKey, RecipientRecord, read_recipients
 from remetal.repository.repository import Repository
-from remetal.repository.snapshots import MAX_SNAPSHOT, ImageRecord, Snapshot, open_snapshot
-from remetal.repository.table import ChunkTable
+from remetal.repository.snapshots import MAX_SNAPSHOT, Snapshot, open_snapshot
 
 Recipients = Mapping[str, RecipientRecord]
 """The recipients that a repository's id vouches for, by id."""
@@ -87,10 +83,6 @@ class Catalog:
         """Return the verified snapshots of all machines that the key gives access to, oldest first."""
         return list(self._snapshots)
 
-    def runs(self, snapshot: Snapshot, image: ImageRecord) -> Iterator[Run]:
-        """Yield an image's chunk ids in order; holes are left out. Raises DamagedError."""
-        return image_runs(self.repository, self.machines[snapshot.machine_id].domain, image)
-
 
 def open_catalog(repository: Repository, keys: MachineKeys | RecipientKey) -> Catalog:
     """Read and verify all snapshots: with a machine's keys its own, with a recipient's key those of all machines.
@@ -125,51 +117,6 @@ def check_keys(repository: Repository, keys: MachineKeys) -> None:
             f"{repository.store.location} is not the repository that this machine was enrolled in",
             hint="Check the location; if it is right, somebody has put another repository there.",
         )
-
-
-def image_runs(repository: Repository, domain: Domain, image: ImageRecord) -> Iterator[Run]:
-    """Yield an image's chunk ids in order, a page of the map in memory at a time. Raises DamagedError."""
-    return read_pages(
-        repository.store,
-        repository.config.id,
-        domain,
-        size=image.size,
-        chunk_size=image.chunk_size,
-        pages=image.pages,
-    )
-
-
-def read_contents(
-    repository: Repository, domain: Domain, ledger: Ledger | None, problems: list[DamagedError] | None = None
-) -> Iterator[tuple[str, list[Contents]]]:
-    """Yield name and packs of each of a machine's index objects, without anything that the ledger has condemned.
-
-    A damaged one is added to `problems` and passed over; without such a list it raises DamagedError.
-    """
-    packs = ledger.packs if ledger is not None else frozenset()
-    names = ledger.names if ledger is not None else frozenset()
-    for entry in repository.store.entries(index_folder(domain.machine_id)):
-        if entry.name in names:
-            continue
-        try:
-            found = read_index(repository.store, entry.name, repository.config.id, domain)
-        except DamagedError as error:
-            if problems is None:
-                raise
-            problems.append(error)
-        else:
-            yield entry.name, [each for each in found if each.identity not in packs]
-
-
-def load_table(
-    repository: Repository, domain: Domain, ledger: Ledger | None, problems: list[DamagedError] | None = None
-) -> ChunkTable:
-    """Return all chunks that a machine's index objects know and that may be relied on; see `read_contents`."""
-    table = ChunkTable()
-    for _, packs in read_contents(repository, domain, ledger, problems):
-        for pack in packs:
-            table.add(pack)
-    return table
 
 
 def read_vouched(repository: Repository) -> Recipients:

@@ -22,12 +22,11 @@ from remetal.repository.catalog import (
     MachineAccess,
     entry_names,
     find_ledgers,
-    load_table,
     open_catalog,
-    read_contents,
     read_entry,
     read_vouched,
 )
+from remetal.repository.chunks import image_runs, load_table, read_contents
 from remetal.repository.config import decode_config
 from remetal.repository.history import LEDGER, Envelope, check_chain, is_gone, sequence_of
 from remetal.repository.indexes import PACKS_PER_INDEX, put_index
@@ -275,7 +274,7 @@ def _check_snapshot(
         what = f"snapshot {snapshot.id[:12]} of '{snapshot.machine}', image of {image.volume}"
         unknown = missing = 0
         try:
-            for run in catalog.runs(snapshot, image):
+            for run in image_runs(catalog.repository, catalog.machines[snapshot.machine_id].domain, image):
                 numbers = table.packs_of([each for each in run.ids if each != ZERO_ID])
                 unknown += numbers.count(-1)
                 missing += sum(number in lost for number in numbers)

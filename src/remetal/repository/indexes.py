@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 
 import numpy as np
 
-from remetal.repository.cipher import TAG_SIZE, CipherError, digest, open_record, seal_record
+from remetal.repository.cipher import TAG_SIZE
 from remetal.repository.machines import Domain
-from remetal.repository.objects import HEADER_SIZE, INDEX, damaged, get_named, header
+from remetal.repository.objects import INDEX, damaged
 from remetal.repository.packs import ENTRY, FOOTER, MAX_CHUNKS, MAX_PACK, PROLOGUE, Contents, check_entries
-from remetal.storage import AlreadyExistsError, NotFoundError, Store
+from remetal.repository.records import get_record, put_record
+from remetal.storage import Store
 from remetal.units import MIB
 
 PACKS_PER_INDEX = 16
@@ -27,13 +27,6 @@ MAX_PACKS = 1 << 12
 
 _COUNT = struct.Struct("<I")
 _PACK = struct.Struct("<32sQII")
-PREFIX_SIZE = HEADER_SIZE + 32 + 4
-_MAX_VARIANTS = 1 << 10
-
-
-def record_prefix(kind: str, repository_id: str, machine_id: str, variant: int) -> bytes:
-    """Return the 44 clear bytes that a catalog object of this kind starts with, and that its seal binds."""
-    return header(kind) + bytes.fromhex(repository_id) + bytes.fromhex(machine_id) + _COUNT.pack(variant)
 
 
 def index_folder(machine_id: str) -> str:
@@ -79,51 +72,3 @@ def put_index(
 def read_index(store: Store, name: str, repository_id: str, domain: Domain) -> list[Contents]:
     """Read one index object. Raises DamagedError."""
     return decode_index(name, get_record(store, name, "index", repository_id, domain, MAX_INDEX))
-
-
-def put_record(
-    store: Store,
-    kind: str,
-    folder: str,
-    repository_id: str,
-    domain: Domain,
-    body: bytes,
-    *,
-    avoid: Collection[str] = (),
-) -> str:
-    """Seal a body under the machine's catalog key, store it under its hash, and return the name.
-
-    Equal bodies have equal names. An object that is there is used if it is whole and not one of the names to
-    `avoid`, which are about to be deleted; otherwise the body is stored in another variant, under another name.
-    """
-    for variant in range(_MAX_VARIANTS):
-        prefix = record_prefix(kind, repository_id, domain.machine_id, variant)
-        sealed = seal_record(domain.record_key(kind), prefix, body)
-        name = f"{folder}{digest(prefix, sealed).hex()}"
-        if name not in avoid and _put_or_compare(store, name, prefix + sealed):
-            return name
-    raise damaged(folder, f"all {_MAX_VARIANTS} variants of an object are damaged or being deleted")
-
-
-def _put_or_compare(store: Store, name: str, data: bytes) -> bool:
-    """Create an object; False if its name is taken by other bytes than these."""
-    try:
-        store.put(name, [data])
-    except AlreadyExistsError:
-        with suppress(NotFoundError):
-            return store.get(name, size=len(data) + 1) == data
-        return False
-    return True
-
-
-def get_record(store: Store, name: str, kind: str, repository_id: str, domain: Domain, limit: int) -> bytes:
-    """Read, check and open what `put_record` wrote, of at most `limit` bytes. Raises DamagedError."""
-    data = get_named(store, name, limit)
-    prefix, sealed = data[:PREFIX_SIZE], data[PREFIX_SIZE:]
-    expected = record_prefix(kind, repository_id, domain.machine_id, 0)
-    if len(prefix) != PREFIX_SIZE or prefix[: -_COUNT.size] != expected[: -_COUNT.size]:
-        raise damaged(name, f"it is no {kind} object of this machine and repository")
-    try:
-        return open_record(domain.record_key(kind), prefix, sealed)
-    except CipherError as error:
-        raise damaged(name, "its seal is not that of the machine") from error

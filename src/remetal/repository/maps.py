@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from remetal.repository.cipher import derive
-from remetal.repository.indexes import PREFIX_SIZE, get_record, put_record
 from remetal.repository.machines import Domain
 from remetal.repository.objects import MAPS, damaged
+from remetal.repository.records import PREFIX_SIZE, get_record, put_record
 from remetal.storage import Store
 
 PAGE_CHUNKS = 4096

@@ -16,15 +16,8 @@ from blake3 import blake3
 
 from remetal.errors import DamagedError
 from remetal.events import Note, Progress, Report, Step, Warn, silent
-from remetal.repository.catalog import (
-    History,
-    MachineAccess,
-    image_runs,
-    load_table,
-    open_catalog,
-    read_contents,
-    read_vouched,
-)
+from remetal.repository.catalog import History, MachineAccess, open_catalog, read_vouched
+from remetal.repository.chunks import image_runs, load_table, read_contents
 from remetal.repository.clocks import passed, witness_now
 from remetal.repository.forget import Decision, append_ledger, delete_gone, need_whole_history
 from remetal.repository.indexes import PACKS_PER_INDEX, put_index

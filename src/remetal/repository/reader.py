@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 
 from remetal.errors import DamagedError, RefusedError
-from remetal.repository.catalog import entry_names, find_ledgers, image_runs, load_table, read_vouched
+from remetal.repository.catalog import entry_names, find_ledgers, read_vouched
+from remetal.repository.chunks import image_runs, load_table
 from remetal.repository.cipher import chunk_id
 from remetal.repository.machines import Domain, open_secrets, read_machines
 from remetal.repository.maps import ZERO_ID, Run

@@ -23,17 +23,8 @@ from dataclasses import dataclass
 from remetal import __version__
 from remetal.errors import DamagedError, RemetalError, UnavailableError
 from remetal.events import Report, Warn, silent
-from remetal.repository.catalog import (
-    MachineAccess,
-    Newest,
-    check_keys,
-    find_newest,
-    image_runs,
-    is_void,
-    load_table,
-    read_entry,
-    read_vouched,
-)
+from remetal.repository.catalog import MachineAccess, Newest, check_keys, find_newest, is_void, read_entry, read_vouched
+from remetal.repository.chunks import image_runs, load_table
 from remetal.repository.encoder import UPLOADERS, Encoded, Statistics, Uploads, Worker
 from remetal.repository.history import LEDGER, entry_name, open_envelope, put_entry
 from remetal.repository.ledgers import open_ledger

@@ -9,19 +9,17 @@ from pathlib import Path
 
 from remetal.errors import RefusedError, UsageError
 from remetal.ids import SHORT, match_prefix, short
-from remetal.repository import (
-    Catalog,
-    MachineKeys,
-    RecipientKey,
+from remetal.repository.catalog import Catalog, open_catalog
+from remetal.repository.machines import MachineKeys, state_folder
+from remetal.repository.recipients import RecipientKey
+from remetal.repository.repository import (
     Repository,
-    Snapshot,
     load_machine_keys,
-    open_catalog,
     open_repository,
-    state_folder,
     unlock_with_kit,
     unlock_with_passphrase,
 )
+from remetal.repository.snapshots import Snapshot
 from remetal.storage import open_store
 
 

@@ -22,20 +22,10 @@ from remetal.layout.model import Captured, FileSystem, Layer, Layout, Luks, Raw,
 from remetal.layout.opened import span_of
 from remetal.layout.probe import Probed
 from remetal.layout.record import encode_layout
-from remetal.repository import (
-    ImageRecord,
-    MachineKeys,
-    Repository,
-    Session,
-    Snapshot,
-    check_machine_name,
-    check_state,
-    enroll_machine,
-    list_keys,
-    load_machine_keys,
-    open_session,
-    save_machine_keys,
-)
+from remetal.repository.machines import MachineKeys, check_machine_name, check_state
+from remetal.repository.repository import Repository, enroll_machine, list_keys, load_machine_keys, save_machine_keys
+from remetal.repository.session import Session, open_session
+from remetal.repository.snapshots import ImageRecord, Snapshot
 from remetal.system.blockdev import Span, is_block_device
 from remetal.units import format_bytes
 from remetal.workflows.access import machines_folder, opened_repository

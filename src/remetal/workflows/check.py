@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from remetal.events import Report, silent
-from remetal.repository import check_repository
+from remetal.repository.check import check_repository
 from remetal.workflows.access import Secret, find_local_keys, local_problems, opened_repository, unlock
 
 

@@ -37,7 +37,10 @@ from remetal.layout.sameness import are_paths
 from remetal.layout.steps import CopyFiles, OpenContainer, ShrinkFileSystem, WriteBootCode, WriteImage, images_in
 from remetal.layout.targets import probe_target
 from remetal.layout.uses import describe_use, is_same_disk
-from remetal.repository import ImageRecord, Reader, RecipientKey, Repository, Snapshot, open_reader
+from remetal.repository.reader import Reader, open_reader
+from remetal.repository.recipients import RecipientKey
+from remetal.repository.repository import Repository
+from remetal.repository.snapshots import ImageRecord, Snapshot
 from remetal.storage import find_folder
 from remetal.system.blockdev import Span, is_block_device
 from remetal.system.loop import need_loops

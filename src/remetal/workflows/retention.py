@@ -10,17 +10,11 @@ import msgspec
 
 from remetal.errors import DamagedError, RefusedError, RemetalError, UnavailableError, UsageError
 from remetal.events import Report, Step, Warn, silent
-from remetal.repository import (
-    Catalog,
-    Policy,
-    PruneResult,
-    Snapshot,
-    check_policy,
-    choose_kept,
-    forget_snapshots,
-    open_catalog,
-    prune_machine,
-)
+from remetal.repository.catalog import Catalog, open_catalog
+from remetal.repository.forget import forget_snapshots
+from remetal.repository.prune import PruneResult, prune_machine
+from remetal.repository.retention import Policy, check_policy, choose_kept
+from remetal.repository.snapshots import Snapshot
 from remetal.workflows.access import Secret, is_of_machine, opened_repository, select_snapshot, unlock
 
 

@@ -1,0 +1,60 @@
+"""Which chunks an image has, and where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from remetal.errors import DamagedError
+from remetal.repository.indexes import index_folder, read_index
+from remetal.repository.ledgers import Ledger
+from remetal.repository.machines import Domain
+from remetal.repository.maps import Run, read_pages
+from remetal.repository.packs import Contents
+from remetal.repository.repository import Repository
+from remetal.repository.snapshots import ImageRecord
+from remetal.repository.table import ChunkTable
+
+
+def image_runs(repository: Repository, domain: Domain, image: ImageRecord) -> Iterator[Run]:
+    """Yield an image's chunk ids in order, a page of the map in memory at a time. Raises DamagedError."""
+    return read_pages(
+        repository.store,
+        repository.config.id,
+        domain,
+        size=image.size,
+        chunk_size=image.chunk_size,
+        pages=image.pages,
+    )
+
+
+def read_contents(
+    repository: Repository, domain: Domain, ledger: Ledger | None, problems: list[DamagedError] | None = None
+) -> Iterator[tuple[str, list[Contents]]]:
+    """Yield name and packs of each of a machine's index objects, without anything that the ledger has condemned.
+
+    A damaged one is added to `problems` and passed over; without such a list it raises DamagedError.
+    """
+    packs = ledger.packs if ledger is not None else frozenset()
+    names = ledger.names if ledger is not None else frozenset()
+    for entry in repository.store.entries(index_folder(domain.machine_id)):
+        if entry.name in names:
+            continue
+        try:
+            found = read_index(repository.store, entry.name, repository.config.id, domain)
+        except DamagedError as error:
+            if problems is None:
+                raise
+            problems.append(error)
+        else:
+            yield entry.name, [each for each in found if each.identity not in packs]
+
+
+def load_table(
+    repository: Repository, domain: Domain, ledger: Ledger | None, problems: list[DamagedError] | None = None
+) -> ChunkTable:
+    """Return all chunks that a machine's index objects know and that may be relied on; see `read_contents`."""
+    table = ChunkTable()
+    for _, packs in read_contents(repository, domain, ledger, problems):
+        for pack in packs:
+            table.add(pack)
+    return table
