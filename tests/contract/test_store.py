@@ -3,25 +3,98 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from remetal.errors import UsageError
-from remetal.storage import AlreadyExistsError, LocalStore, NotFoundError, Store, open_store
+from remetal.storage import AlreadyExistsError, Entry, LocalStore, NotFoundError, Pieces, Store, open_store
+from remetal.storage.http import HttpStore
+from remetal.storage.limit import LimitedStore
+from remetal.storage.retry import RetryingStore
+from remetal.storage.sftp import SftpStore
 from tests.repositories import MemoryStore
+from tests.servers import SshServer, running_nginx, running_sshd
+
+
+class Shown:
+    """What a folder holds as a web server shows it: written as files, read through the server."""
+
+    def __init__(self, folder: Path, address: str) -> None:
+        self._files = LocalStore(folder)
+        self._web = HttpStore(address)
+
+    @property
+    def location(self) -> str:
+        return self._web.location
+
+    def put(self, name: str, data: Pieces) -> None:
+        self._files.put(name, data)
+
+    def get(self, name: str, *, start: int = 0, size: int | None = None) -> bytes:
+        return self._web.get(name, start=start, size=size)
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        return self._web.entries(prefix)
+
+    def delete(self, name: str) -> None:
+        self._files.delete(name)
+
+    def close(self) -> None:
+        self._web.close()
+
 
 MAKERS: dict[str, Callable[[Path], Store]] = {
     "local": lambda folder: LocalStore(folder / "deep" / "store"),
     "location": lambda folder: open_store(f"file://{folder}/with%20space"),
     "memory": lambda folder: MemoryStore(),
+    "retrying": lambda folder: RetryingStore(LimitedStore(MemoryStore(), 1e9)),
 }
+SERVERS = ("sftp", "nginx-html", "nginx-json")
 
 
-@pytest.fixture(params=MAKERS)
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return MAKERS[request.param](tmp_path)
+@pytest.fixture(scope="module")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
+    with running_sshd(tmp_path_factory.mktemp("sshd")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[str, Path]]]:
+    """The addresses of two web servers, by how they list folders, and the folders that they show."""
+    top = tmp_path_factory.mktemp("web")
+    with ExitStack() as stack:
+        found: dict[str, tuple[str, Path]] = {}
+        for kind in ("html", "json"):
+            root = top / kind
+            root.mkdir()
+            server = running_nginx(top / f"{kind}-server", root, "autoindex on", f"autoindex_format {kind}")
+            found[kind] = stack.enter_context(server), root
+        yield found
+
+
+@pytest.fixture(params=[*MAKERS, *SERVERS])
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    made = _make_store(request, tmp_path, monkeypatch)
+    yield made
+    made.close()
+
+
+def _make_store(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    if request.param in MAKERS:
+        return MAKERS[request.param](folder)
+    if request.param == "sftp":
+        server: SshServer = request.getfixturevalue("sshd")
+        monkeypatch.setenv("REMETAL_SSH_KEY", str(server.key))
+        monkeypatch.setenv("REMETAL_SSH_KNOWN_HOSTS", str(server.known_hosts))
+        return SftpStore(server.location(folder / "deep folder"))
+    address, root = request.getfixturevalue("shown")[request.param.removeprefix("nginx-")]
+    name = f"{folder.name}-{uuid.uuid4().hex[:6]}"
+    (root / name).mkdir()
+    return Shown(root / name, f"{address}/{name}")
 
 
 def test_it_is_a_store(store: Store) -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from remetal.errors import UsageError
+from remetal.storage.limit import LimitedStore
 from remetal.storage.local import LocalStore
+from remetal.storage.retry import RetryingStore
 from remetal.storage.store import AlreadyExistsError, Entry, NotFoundError, Pieces, Store
+from remetal.units import KIB, parse_bytes
 
 __all__ = ["AlreadyExistsError", "Entry", "LocalStore", "NotFoundError", "Pieces", "Store", "find_folder", "open_store"]
+
+
+_LEAST_RATE = 10 * KIB
 
 
 def _open_file(location: str) -> Store:
@@ -20,15 +27,44 @@ def _open_file(location: str) -> Store:
     return LocalStore(Path(unquote(parts.path)), location)
 
 
-KINDS: dict[str, Callable[[str], Store]] = {"file": _open_file}
+def _open_sftp(location: str) -> Store:
+    from remetal.storage.sftp import SftpStore
+
+    return RetryingStore(SftpStore(location))
+
+
+def _open_http(location: str) -> Store:
+    from remetal.storage.http import HttpStore
+
+    return RetryingStore(HttpStore(location))
+
+
+KINDS: dict[str, Callable[[str], Store]] = {
+    "file": _open_file,
+    "sftp": _open_sftp,
+    "http": _open_http,
+    "https": _open_http,
+}
 """What opens a location, by its scheme; a new kind of store is one line here."""
 
 
 def open_store(location: str) -> Store:
-    """Open the store that a person named: a path, or `file:///path`. Nothing is created or read yet.
+    """Open the store that a person named: a path, or an address such as `sftp://host/folder`.
 
+    Nothing is created or read yet. It moves no more bytes a second than REMETAL_LIMIT_RATE says, such as `10M`.
     Raises UsageError for an empty location and for a scheme that no store is registered for.
     """
+    store = _open_unlimited(location)
+    limit = os.environ.get("REMETAL_LIMIT_RATE", "")
+    if not limit:
+        return store
+    rate = parse_bytes(limit)
+    if rate < _LEAST_RATE:
+        raise UsageError(f"REMETAL_LIMIT_RATE is {limit}, which would take for ever", hint="Give 10K at least.")
+    return LimitedStore(store, rate)
+
+
+def _open_unlimited(location: str) -> Store:
     if not location:
         raise UsageError("no repository given", hint="Use --repo LOCATION, or set REMETAL_REPO.")
     scheme, separator, _ = location.partition("://")
@@ -49,5 +85,5 @@ def open_store(location: str) -> Store:
 
 def find_folder(location: str) -> Path | None:
     """Return the folder of this machine that a location means, with links followed; None if it means none."""
-    store = open_store(location)
+    store = _open_unlimited(location)
     return store.root.resolve() if isinstance(store, LocalStore) else None

@@ -1,0 +1,112 @@
+"""Real servers on loopback, for the length of a block: OpenSSH's and nginx, each in a folder of its own."""
+
+from __future__ import annotations
+
+import getpass
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class SshServer:
+    """Where the server is, and the files that a client needs. `log` is what the server has said."""
+
+    port: int
+    key: Path
+    known_hosts: Path
+    log: Path
+
+    def location(self, folder: Path) -> str:
+        """Return the address of a folder on it."""
+        return f"sftp://{getpass.getuser()}@127.0.0.1:{self.port}{folder}"
+
+
+@contextmanager
+def running_sshd(folder: Path, *options: str) -> Iterator[SshServer]:
+    """Run sshd with a fresh host key, which one fresh key of ours opens; `options` are lines of its configuration."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("host", "client"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    authorized = folder / "authorized_keys"
+    authorized.write_text((folder / "client.pub").read_text())
+    authorized.chmod(0o600)
+    port = free_port()
+    known = folder / "known_hosts"
+    known.write_text(f"[127.0.0.1]:{port} {(folder / 'host.pub').read_text()}")
+    config = folder / "sshd_config"
+    lines = [
+        f"Port {port}",
+        "ListenAddress 127.0.0.1",
+        f"HostKey {folder / 'host'}",
+        f"AuthorizedKeysFile {authorized}",
+        "StrictModes no",
+        "UsePAM no",
+        "PasswordAuthentication no",
+        "PermitRootLogin prohibit-password",
+        "PidFile none",
+        "MaxStartups 100",
+        *options,
+    ]
+    if not any("Subsystem" in each for each in options):
+        lines.append("Subsystem sftp internal-sftp")
+    config.write_text("\n".join(lines) + "\n")
+    Path("/run/sshd").mkdir(exist_ok=True)
+    log = folder / "log"
+    with _running(["/usr/sbin/sshd", "-D", "-E", str(log), "-f", str(config)], port):
+        yield SshServer(port, folder / "client", known, log)
+
+
+@contextmanager
+def running_nginx(folder: Path, root: Path, *directives: str) -> Iterator[str]:
+    """Run nginx over `root` and yield its address; `directives` stand in the block of the location."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    own = "".join(f"      {each};\n" for each in directives)
+    temporary = "".join(
+        f"  {kind}_temp_path {folder / kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    config = folder / "nginx.conf"
+    config.write_text(
+        f"user {getpass.getuser()};\ndaemon off;\nworker_processes 1;\nerror_log {folder / 'error.log'};\n"
+        f"pid {folder / 'pid'};\nevents {{ worker_connections 256; }}\n"
+        f"http {{\n{temporary}  access_log off;\n"
+        f"  server {{\n    listen 127.0.0.1:{port};\n    root {root};\n    location / {{\n{own}    }}\n  }}\n}}\n"
+    )
+    with _running(["/usr/sbin/nginx", "-c", str(config), "-e", str(folder / "error.log")], port):
+        yield f"http://127.0.0.1:{port}"
+
+
+def free_port() -> int:
+    """Return a port on loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        found: int = probe.getsockname()[1]
+        return found
+
+
+@contextmanager
+def _running(argv: Sequence[str], port: int) -> Iterator[None]:
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 20
+        while not _answers(port):
+            assert process.poll() is None, f"{argv[0]} ended with {process.returncode}"
+            assert time.monotonic() < deadline, f"{argv[0]} does not listen"
+            time.sleep(0.02)
+        yield
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
