@@ -9,19 +9,24 @@ from contextlib import suppress
 import msgspec
 import pytest
 
-from remetal.errors import DamagedError, RemetalError, UnavailableError, UsageError
+from remetal.errors import DamagedError, RefusedError, RemetalError, UnavailableError, UsageError
 from remetal.repository import clocks, encoder
 from remetal.repository.catalog import open_catalog
 from remetal.repository.check import check_repository, rebuild_index
 from remetal.repository.clocks import Witness, passed
 from remetal.repository.forget import forget_snapshots
 from remetal.repository.machines import MachineKeys
+from remetal.repository.objects import encode_lines, put_named
+from remetal.repository.packs import sealed_to
 from remetal.repository.prune import prune_machine
+from remetal.repository.recipients import Revocation, put_revocation
 from remetal.repository.repository import (
     accept_recipients,
     add_recipient,
     enroll_machine,
+    list_keys,
     open_repository,
+    remove_recipient,
     unlock_with_passphrase,
 )
 from remetal.repository.retention import Policy, check_policy, choose_kept
@@ -81,8 +86,9 @@ def site() -> Site:
     return make_site()
 
 
-def prune(site: Site, grace: float = 0.0, max_unused: float = 0.0) -> None:
-    prune_machine(site.repository, site.key, site.keys.machine_id, grace=grace, max_unused=max_unused)
+def prune(site: Site, grace: float = 0.0, max_unused: float = 0.0, *, reseal: bool = False) -> None:
+    machine = site.keys.machine_id
+    prune_machine(site.repository, site.key, machine, grace=grace, max_unused=max_unused, reseal=reseal)
 
 
 def sound(site: Site, expected: dict[str, bytes]) -> None:
@@ -370,21 +376,106 @@ def test_what_an_interrupted_backup_left_goes(site: Site) -> None:
 
 def test_packs_that_are_written_anew_open_for_those_that_could_open_them(site: Site) -> None:
     one = backup(site, _DATA["one"], workers=1)
-    second = unlock_with_passphrase(site.repository, _second(site))
+    second = _second(site)
     two = backup(site, _DATA["two"], workers=1)
     forget_snapshots(site.repository, site.key, [one.id])
     prune(site)
     sound(site, {two.id: _DATA["two"]})
     with pytest.raises(RemetalError):
-        restore(Site(site.store, site.repository, site.keys, second), two)
+        restore(second, two)
     accept_recipients(site.repository, site.keys)
     three = backup(site, noise("new", 3), workers=1)
-    assert restore(Site(site.store, site.repository, site.keys, second), three) == noise("new", 3)
+    assert restore(second, three) == noise("new", 3)
 
 
-def _second(site: Site) -> str:
+def test_old_packs_are_sealed_anew_to_those_that_count(site: Site) -> None:
+    one = backup(site, _DATA["one"], workers=1)
+    second = _second(site)
+    accept_recipients(site.repository, site.keys)
+    two = backup(site, _DATA["two"], workers=1)
+    for snapshot in (one, two):
+        with pytest.raises(RemetalError):
+            restore(second, snapshot)
+    prune(site, reseal=True)
+    for snapshot, name in ((one, "one"), (two, "two")):
+        assert restore(second, snapshot) == _DATA[name]
+    sound(site, {one.id: _DATA["one"], two.id: _DATA["two"]})
+    before = dict(site.store.objects)
+    prune(site, reseal=True)
+    assert site.store.objects == before
+
+
+def test_a_removed_recipient_opens_nothing_new_and_in_the_end_nothing(site: Site) -> None:
+    second = _second(site)
+    accept_recipients(site.repository, site.keys)
+    one = backup(site, _DATA["one"], workers=1)
+    assert restore(second, one) == _DATA["one"]
+    remove_recipient(site.repository, site.key, second.key.id)
+    with pytest.raises(RefusedError, match="opens nothing"):
+        unlock_with_passphrase(site.repository, "second")
+    assert [each.kind for each in list_keys(site.repository)].count("revoked") == 1
+    two = backup(site, _DATA["two"], workers=1)
+    assert [each.id for each in site.keys.stored.recipients] == [site.key.id]
+    assert open_catalog(second.repository, second.key).snapshots() == []
+    prune(site, reseal=True)
+    sound(site, {one.id: _DATA["one"], two.id: _DATA["two"]})
+    for entry in site.store.entries("packs/"):
+        assert sealed_to(entry.name, site.store.get(entry.name)) == [site.key.id]
+    other = Site(site.store, site.repository, enroll_machine(site.repository, "db"), site.key)
+    assert [each.id for each in other.keys.stored.recipients] == [site.key.id]
+
+
+def test_the_founder_can_be_removed_by_another(site: Site) -> None:
+    second = _second(site)
+    accept_recipients(site.repository, site.keys)
+    one = backup(site, _DATA["one"], workers=1)
+    remove_recipient(site.repository, second.key, site.key.id)
+    two = backup(site, _DATA["two"], workers=1)
+    assert restore(second, one) == _DATA["one"]
+    assert restore(second, two) == _DATA["two"]
+    assert [each.id for each in site.keys.stored.recipients] == [second.key.id]
+    assert check_repository(site.repository, keys=second.key, read_data=True).ok
+
+
+def test_removals_that_are_refused(site: Site) -> None:
+    second = _second(site)
+    with pytest.raises(RefusedError, match="cannot remove itself"):
+        remove_recipient(site.repository, site.key, site.key.id)
+    with pytest.raises(RefusedError, match="there is no recipient"):
+        remove_recipient(site.repository, site.key, "00" * 16)
+    accept_recipients(site.repository, site.keys)
+    remove_recipient(site.repository, site.key, second.key.id)
+    with pytest.raises(RefusedError, match="counts no more"):
+        remove_recipient(site.repository, second.key, site.key.id)
+
+
+def test_a_machine_keeps_a_recipient_at_least(site: Site) -> None:
+    """Two recipients have removed one another: the machine goes on sealing to those that it knows."""
+    second = _second(site)
+    accept_recipients(site.repository, site.keys)
+    put_revocation(site.store, site.key.id, key=second.key, created="t")
+    put_revocation(site.store, second.key.id, key=site.key, created="t")
+    one = backup(site, _DATA["one"], workers=1)
+    assert restore(site, one) == _DATA["one"]
+    assert restore(second, one) == _DATA["one"]
+
+
+def test_a_removal_that_nobody_vouches_for_means_nothing(site: Site) -> None:
+    stranger = make_site()
+    put_revocation(site.store, site.key.id, key=stranger.key, created="t")
+    forged = Revocation(id="11" * 16, repository=site.repository.config.id, revoked_by=site.key.id, created="t")
+    put_named(site.store, f"keys/revoked/{site.key.id}.", encode_lines(forged, bytes(64)))
+    assert next(each.kind for each in list_keys(site.repository)) == "recipient"
+    result = check_repository(site.repository, keys=None)
+    assert sum("keys/revoked/" in problem for problem in result.problems) == 2
+    backup(site, _DATA["one"])
+
+
+def _second(site: Site) -> Site:
+    """Add a recipient, and return the site with its key."""
     add_recipient(site.repository, site.key, "second")
-    return "second"
+    key = unlock_with_passphrase(site.repository, "second")
+    return Site(site.store, site.repository, site.keys, key)
 
 
 def _count(site: Site, work: Callable[[Site], object]) -> int:

@@ -15,7 +15,7 @@ from remetal.cli.options import DEFAULTS, Credentials, Output, Repo, need_secret
 from remetal.cli.output import print_result
 from remetal.cli.tables import escape, key_table
 from remetal.errors import RemetalError, UsageError
-from remetal.ids import short
+from remetal.ids import match_prefix, short
 from remetal.repository.kit import RecoveryKit
 from remetal.repository.repository import (
     accept_recipients,
@@ -25,6 +25,7 @@ from remetal.repository.repository import (
     list_keys,
     make_kit,
     remove_passphrase,
+    remove_recipient,
 )
 from remetal.workflows.access import find_local_keys, opened_repository, unlock
 
@@ -126,14 +127,35 @@ def recipient(
 ) -> None:
     """Add a second private key with its own passphrase and recovery kit, as an escrow.
 
-    It opens what machines store after they have accepted it: run `remetal key accept` on each of them. Chunks that were
-    stored before stay closed to it, also where later snapshots use them again; a new repository knows no such past.
+    It opens what machines store after they have accepted it: run `remetal key accept` on each of them. What was stored
+    before stays closed to it until `remetal prune --reseal`.
     """
     with new_kit_page(kit_page) as write_page, opened_repository(repo) as repository:
         key = unlock(repository, need_secret(credentials))
         made = add_recipient(repository, key, new_passphrase(new_passphrase_file, what="the new recipient"))
         write_page(made)
     _print_kit(made, output)
+
+
+@app.command(name="remove-recipient")
+def remove_one(
+    recipient: str, /, *, repo: Repo, credentials: Credentials = Credentials(), output: Output = Output()
+) -> None:
+    """Remove a recipient: machines seal nothing more to it, and its passphrases are gone.
+
+    What was sealed to it before stays open to it until `remetal prune --reseal` has written that anew, and in copies of
+    the repository for ever.
+
+    Parameters
+    ----------
+    recipient
+        Id of the recipient, or its beginning (`remetal key list`).
+    """
+    with opened_repository(repo) as repository:
+        known = [each.id for each in list_keys(repository) if each.kind == "recipient"]
+        chosen = match_prefix(recipient, known, what="recipient")
+        remove_recipient(repository, unlock(repository, need_secret(credentials)), chosen)
+    print_result(output, {"removed": chosen}, f"Removed recipient {short(chosen)}. Next: remetal prune --reseal")
 
 
 @app.command

@@ -36,6 +36,13 @@ def prune(
             metavar="PERCENT",
         ),
     ] = 100 * DEFAULT_UNUSED,
+    reseal: Annotated[
+        bool,
+        Parameter(
+            negative="",
+            help="Write anew all packs that are sealed to other recipients than those that count now.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, Parameter(name=["--dry-run", "-n"], negative="", help="Change nothing; only show what would go.")
     ] = False,
@@ -47,6 +54,8 @@ def prune(
     What nothing needs is condemned first: no backup relies on it any more, and it is deleted by the first prune after
     the grace period, so that a restore that is under way can go on reading. Run it regularly, such as once a day. With
     `--grace 0` it is deleted at once: only if no restore is under way.
+
+    After `remetal key add-recipient` and `key accept`, or `key remove-recipient`, `--reseal` makes the old data follow.
 
     Nothing is deleted of a machine whose history or index is damaged (exit code 5), or that is being backed up (6);
     the others are pruned all the same.
@@ -62,6 +71,7 @@ def prune(
             machine=machine,
             grace=seconds,
             max_unused=max_unused / 100,
+            reseal=reseal,
             dry_run=dry_run,
             report=report,
         )

@@ -44,7 +44,7 @@ from remetal.repository.objects import (
     pack_name,
 )
 from remetal.repository.packs import FOOTER, MAX_PACK, ZSTD, Codec, Contents, offsets, open_pack
-from remetal.repository.recipients import RecipientKey, read_recipients
+from remetal.repository.recipients import RecipientKey, read_recipients, read_revoked
 from remetal.repository.repository import Repository
 from remetal.repository.slots import read_slots
 from remetal.repository.snapshots import Snapshot
@@ -56,7 +56,7 @@ _PIECE = 4 * MIB
 _ID = "[0-9a-f]{32}"
 _HASH = "[0-9a-f]{64}"
 _OURS = re.compile(
-    rf"config|keys/(recipients|slots|machines)/{_ID}\.{_HASH}|keys/secrets/{_ID}\.{_ID}\.{_HASH}"
+    rf"config|keys/(recipients|revoked|slots|machines)/{_ID}\.{_HASH}|keys/secrets/{_ID}\.{_ID}\.{_HASH}"
     rf"|packs/([0-9a-f]{{2}})/\2[0-9a-f]{{62}}|(index|maps)/{_ID}/{_HASH}|(history|locks)/{_ID}/[0-9a-f]{{16}}"
 )
 
@@ -209,6 +209,7 @@ def _hash_object(store: Store, entry: Entry) -> bytes | None:
 def _check_public(repository: Repository, result: CheckResult) -> None:
     store, repository_id = repository.store, repository.config.id
     recipients, problems = read_recipients(store, repository_id)
+    problems += read_revoked(store, repository_id, recipients)[1]
     result.add(*problems, *([] if recipients else ["the repository's first recipient is missing or damaged"]))
     result.add(*(error.message for error in read_slots(store, repository_id)[1]))
     machines, problems = read_machines(store, repository_id)

@@ -18,6 +18,7 @@ from remetal.storage import AlreadyExistsError, NotFoundError, Pieces, Store
 
 CONFIG = "config"
 RECIPIENTS = "keys/recipients/"
+REVOKED = "keys/revoked/"
 SLOTS = "keys/slots/"
 MACHINES = "keys/machines/"
 SECRETS = "keys/secrets/"

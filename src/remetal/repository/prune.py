@@ -33,12 +33,13 @@ from remetal.repository.packs import (
     Contents,
     Pack,
     PackBuilder,
+    head_size,
     offsets,
     open_pack,
     sealed_to,
 )
 from remetal.repository.recipients import RecipientKey
-from remetal.repository.repository import Repository
+from remetal.repository.repository import Repository, active_recipients
 from remetal.repository.table import ChunkTable
 from remetal.storage import NotFoundError
 
@@ -94,21 +95,24 @@ def prune_machine(
     *,
     grace: float = DEFAULT_GRACE,
     max_unused: float = DEFAULT_UNUSED,
+    reseal: bool = False,
     dry_run: bool = False,
     report: Report = silent,
 ) -> PruneResult:
     """Condemn what no snapshot of a machine needs, and delete what was condemned at least `grace` seconds ago.
 
-    `max_unused` is the part of the kept bytes that may be of no use; `dry_run` changes nothing and takes no lock, and
-    tells what a prune would condemn now. Raises DamagedError, having changed nothing, if
-    anything that decides about what is needed is damaged or missing; UnavailableError if a backup of the machine is at
-    work or the store fails.
+    `max_unused` is the part of the kept bytes that may be of no use. `reseal` writes anew every pack that is sealed to
+    other recipients than those that count now, so that each of these opens all of it, and no other. `dry_run` changes
+    nothing and takes no lock, and tells what a prune would condemn now.
+
+    Raises DamagedError, having changed nothing, if anything that decides about what is needed is damaged or missing;
+    UnavailableError if a backup of the machine is at work or the store fails.
     """
     access = open_catalog(repository, key).machines[machine_id]
     if dry_run:
-        return _Prune(repository, key, access, None, grace, max_unused, report).look()
+        return _Prune(repository, key, access, None, grace, max_unused, reseal, report).look()
     with hold_machine(repository.store, machine_id) as lock:
-        return _Prune(repository, key, access, lock, grace, max_unused, report).run()
+        return _Prune(repository, key, access, lock, grace, max_unused, reseal, report).run()
 
 
 class _Prune:
@@ -122,6 +126,7 @@ class _Prune:
         lock: MachineLock | None,
         grace: float,
         max_unused: float,
+        reseal: bool,
         report: Report,
     ) -> None:
         self.repository = repository
@@ -132,6 +137,8 @@ class _Prune:
         self.lock = lock
         self.grace = grace
         self.max_unused = max_unused
+        self.reseal = reseal
+        self.active = {each.id: each for each in active_recipients(repository)}
         self.report = report
         self.result = PruneResult(access.machine.name)
         self.sizes = {entry.name: entry.size for entry in self.store.entries(PACKS)}
@@ -255,6 +262,9 @@ class _Prune:
         waste = sum(kept.values()) - sum(used[identity] for identity in kept)
         allowed = self.max_unused * sum(used.values())
         chosen: list[bytes] = []
+        if self.reseal:
+            chosen = [identity for identity in kept if set(self._owners(pack_name(identity))) != self.active.keys()]
+            waste -= sum(kept.pop(identity) - used[identity] for identity in chosen)
         for identity in sorted(kept, key=lambda each: (used[each] / kept[each], each)):
             gain = kept[identity] - used[identity]
             if waste <= allowed or gain < _LEAST_WASTE * kept[identity]:
@@ -262,6 +272,12 @@ class _Prune:
             chosen.append(identity)
             waste -= gain
         return chosen
+
+    def _owners(self, name: str) -> list[str]:
+        try:
+            return sealed_to(name, self.store.get(name, size=head_size()))
+        except NotFoundError as error:
+            raise damaged(name, "it is missing") from error
 
     def _rewrite(self, history: History, found: _Found) -> tuple[set[bytes], set[str]]:
         """Write anew what is needed of wasteful packs, and the index objects that would name what is to go.
@@ -295,7 +311,6 @@ class _Prune:
     def _repack(self, found: _Found) -> Iterator[Contents]:
         """Yield the contents of new packs that hold what is needed of the wasteful ones; they are stored by then."""
         codec = Codec(self.access.domain.id_key)
-        recipients = read_vouched(self.repository)
         builders: dict[tuple[str, ...], PackBuilder] = {}
         done, total = 0, sum(self.sizes[pack_name(each)] for each in found.wasteful)
         for contents in self._contents_of(set(found.wasteful)):
@@ -306,7 +321,8 @@ class _Prune:
             opener = open_pack(name, data, self.key)
             if opener.machine_id != self.machine.id:
                 raise damaged(name, "it belongs to another machine")
-            owners = tuple(each for each in sealed_to(name, data) if each in recipients)
+            owners = tuple(self.active) if self.reseal else tuple(e for e in sealed_to(name, data) if e in self.active)
+            owners = owners or tuple(self.active)
             starts = offsets(contents.entries, contents.start).tolist()
             for ordinal, (raw, word, plain) in enumerate(contents.entries.tolist()):
                 identity = bytes(raw)
@@ -315,7 +331,7 @@ class _Prune:
                 start, size = starts[ordinal], word & (ZSTD - 1)
                 chunk = opener.open_chunk(data[start : start + size], ordinal, identity, word, plain, codec)
                 if owners not in builders:
-                    sealing = [recipients[each] for each in owners]
+                    sealing = [self.active[each] for each in owners]
                     builders[owners] = PackBuilder(self.repository.config.id, self.machine.id, sealing, codec)
                 self.result.rewritten_bytes += builders[owners].add(identity, memoryview(chunk))
                 if builders[owners].full:

@@ -7,6 +7,7 @@ is noticed by whoever knows the repository's id. Specification: docs/format/keys
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -26,6 +27,7 @@ from remetal.repository.cipher import (
 from remetal.repository.objects import (
     MAX_KEY_OBJECT,
     RECIPIENTS,
+    REVOKED,
     Record,
     damaged,
     decode_json,
@@ -39,6 +41,7 @@ from remetal.storage import Store
 
 MAX_RECIPIENTS = 16
 _CONTEXT = b"remetal 1 recipient record\0"
+_REVOCATION = b"remetal 1 revocation\0"
 
 
 class RecipientRecord(Record, frozen=True, kw_only=True):
@@ -55,6 +58,15 @@ class RecipientRecord(Record, frozen=True, kw_only=True):
     def kem(self) -> KemPublic:
         """The key to seal to."""
         return KemPublic(self.kem_public)
+
+
+class Revocation(Record, frozen=True, kw_only=True):
+    """That a recipient counts no more: nothing is sealed to it from now on. Signed by `revoked_by`, another one."""
+
+    id: str
+    repository: str
+    revoked_by: str
+    created: str
 
 
 @dataclass(frozen=True)
@@ -120,6 +132,36 @@ def read_recipients(store: Store, repository_id: str) -> tuple[list[RecipientRec
     strangers = found.keys() - trusted
     problems += [f"the recipient {each} is vouched for by nobody: do not trust it" for each in sorted(strangers)]
     return list(trusted.values())[:MAX_RECIPIENTS], problems
+
+
+def put_revocation(store: Store, recipient: str, *, key: RecipientKey, created: str) -> None:
+    """Write that a recipient counts no more, signed by `key`."""
+    record = Revocation(id=recipient, repository=key.repository_id, revoked_by=key.id, created=created)
+    signature = sign(key.signing_seed, _REVOCATION, encode_json(record))
+    put_named(store, f"{REVOKED}{recipient}.", encode_lines(record, signature))
+
+
+def read_revoked(
+    store: Store, repository_id: str, recipients: Sequence[RecipientRecord]
+) -> tuple[frozenset[str], list[str]]:
+    """Return the ids of the recipients that one of `recipients` has revoked, and what is wrong with other records."""
+    known = {each.id: each for each in recipients}
+    revoked: set[str] = set()
+    problems: list[str] = []
+    for entry in store.entries(REVOKED):
+        try:
+            text, signature = split_lines(entry.name, get_named(store, entry.name, MAX_KEY_OBJECT), SIGNATURE_SIZE)
+            record = decode_json(entry.name, text, Revocation)
+            if record.repository != repository_id or record.revoked_by not in known or record.id == record.revoked_by:
+                raise damaged(entry.name, "it is not said by another recipient of this repository")
+            verify(known[record.revoked_by].verify_key, signature, _REVOCATION, text)
+        except DamagedError as error:
+            problems.append(error.message)
+        except CipherError:
+            problems.append(f"the object {entry.name} is not signed by the recipient that it names")
+        else:
+            revoked.add(record.id)
+    return frozenset(revoked), problems
 
 
 def _read_recipient(store: Store, name: str, repository_id: str) -> tuple[RecipientRecord, bytes, bytes]:

@@ -29,8 +29,15 @@ from remetal.repository.machines import (
     save_keys,
     seal_secrets,
 )
-from remetal.repository.objects import CONFIG, HELP, HISTORY, INDEX, MACHINES, PACKS, RECIPIENTS, SLOTS
-from remetal.repository.recipients import RecipientKey, RecipientRecord, put_recipient, read_recipients
+from remetal.repository.objects import CONFIG, HELP, HISTORY, INDEX, MACHINES, PACKS, RECIPIENTS, SECRETS, SLOTS
+from remetal.repository.recipients import (
+    RecipientKey,
+    RecipientRecord,
+    put_recipient,
+    put_revocation,
+    read_recipients,
+    read_revoked,
+)
 from remetal.repository.slots import put_slot, read_slots, try_slot, unlock
 from remetal.storage import AlreadyExistsError, NotFoundError, Store
 
@@ -45,7 +52,10 @@ class Repository:
 
 @dataclass(frozen=True, slots=True)
 class KeyInfo:
-    """One line of `list_keys`. `kind` is `recipient`, `passphrase` or `machine`; `of` the recipient of a passphrase."""
+    """One line of `list_keys`. `of` is the recipient of a passphrase.
+
+    `kind` is `recipient`, `revoked` (a recipient that counts no more), `passphrase` or `machine`.
+    """
 
     kind: str
     id: str
@@ -125,7 +135,7 @@ def enroll_machine(repository: Repository, name: str) -> MachineKeys:
         repository.config.id,
         repository.config.chunk_size,
         name,
-        trusted_recipients(repository),
+        active_recipients(repository),
         utc_now(),
     )
 
@@ -139,10 +149,17 @@ def trusted_recipients(repository: Repository) -> list[RecipientRecord]:
     return recipients
 
 
+def active_recipients(repository: Repository) -> list[RecipientRecord]:
+    """Return the recipients that are to be sealed to: all that were not revoked. Raises DamagedError."""
+    recipients = trusted_recipients(repository)
+    revoked, _ = read_revoked(repository.store, repository.config.id, recipients)
+    return [each for each in recipients if each.id not in revoked]
+
+
 def new_recipients(repository: Repository, keys: MachineKeys) -> list[RecipientRecord]:
     """Return the recipients that this machine does not seal its packs to yet."""
     pinned = {each.id for each in keys.stored.recipients}
-    return [each for each in trusted_recipients(repository) if each.id not in pinned]
+    return [each for each in active_recipients(repository) if each.id not in pinned]
 
 
 def accept_recipients(repository: Repository, keys: MachineKeys) -> list[RecipientRecord]:
@@ -157,6 +174,19 @@ def accept_recipients(repository: Repository, keys: MachineKeys) -> list[Recipie
     if keys.path is not None:
         save_keys(keys.path.parent, keys)
     return fresh
+
+
+def drop_revoked(repository: Repository, keys: MachineKeys) -> list[RecipientRecord]:
+    """Let this machine seal no more to recipients that were revoked, and return those; one at least always stays."""
+    active = {each.id for each in active_recipients(repository)}
+    staying = tuple(each for each in keys.stored.recipients if each.id in active)
+    if not staying or len(staying) == len(keys.stored.recipients):
+        return []
+    dropped = [each for each in keys.stored.recipients if each.id not in active]
+    keys.stored = msgspec.structs.replace(keys.stored, recipients=staying)
+    if keys.path is not None:
+        save_keys(keys.path.parent, keys)
+    return dropped
 
 
 def load_machine_keys(state: Path, repository: Repository) -> MachineKeys | None:
@@ -191,7 +221,9 @@ def unlock_with_kit(repository: Repository, text: str) -> RecipientKey:
 def list_keys(repository: Repository) -> list[KeyInfo]:
     """Return recipients, passphrases and machines, as far as their records are whole."""
     store, repository_id = repository.store, repository.config.id
-    recipients = [KeyInfo("recipient", each.id, each.created) for each in read_recipients(store, repository_id)[0]]
+    known = read_recipients(store, repository_id)[0]
+    revoked, _ = read_revoked(store, repository_id, known)
+    recipients = [KeyInfo("revoked" if each.id in revoked else "recipient", each.id, each.created) for each in known]
     slots = read_slots(store, repository_id)[0]
     passphrases = [KeyInfo("passphrase", each.slot.id, each.slot.created, of=each.slot.recipient) for each in slots]
     machines = read_machines(store, repository_id)[0]
@@ -245,6 +277,34 @@ def add_recipient(repository: Repository, key: RecipientKey, passphrase: str) ->
     for domain in domains:
         seal_secrets(store, domain, record, repository.config.id)
     return make_kit(repository, fresh)
+
+
+def remove_recipient(repository: Repository, key: RecipientKey, recipient: str) -> None:
+    """Let a recipient count no more: nothing is sealed to it from now on, and its passphrases are removed.
+
+    What was sealed to it before stays open to it, in this repository until the packs are written anew
+    (`prune_machine(reseal=True)`), and in every copy for ever. Raises RefusedError if there is no such recipient, or it
+    is the one whose key this is.
+    """
+    store, repository_id = repository.store, repository.config.id
+    active = [each.id for each in active_recipients(repository)]
+    if recipient not in active:
+        raise RefusedError(f"there is no recipient {recipient}", hint="List the keys: remetal key list")
+    if recipient == key.id:
+        raise RefusedError(
+            "a recipient cannot remove itself", hint="Open the repository with the key of another recipient."
+        )
+    if key.id not in active:
+        raise RefusedError(
+            f"the recipient {key.id} counts no more itself", hint="Open the repository with the key of another one."
+        )
+    put_revocation(store, recipient, key=key, created=utc_now())
+    slots, _ = read_slots(store, repository_id)
+    names = [each.name for each in slots if each.slot.recipient == recipient]
+    for machine in read_machines(store, repository_id)[0]:
+        names += [entry.name for entry in store.entries(f"{SECRETS}{machine.id}.{recipient}.")]
+    for name in names:
+        store.delete(name)
 
 
 def make_kit(repository: Repository, key: RecipientKey) -> RecoveryKit:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from remetal import __version__
 from remetal.errors import DamagedError, RemetalError, UnavailableError
-from remetal.events import Report, Warn, silent
+from remetal.events import Note, Report, Warn, silent
 from remetal.repository.catalog import MachineAccess, Newest, check_keys, find_newest, is_void, read_entry, read_vouched
 from remetal.repository.chunks import image_runs, load_table
 from remetal.repository.encoder import UPLOADERS, Encoded, Statistics, Uploads, Worker
@@ -31,7 +31,7 @@ from remetal.repository.ledgers import open_ledger
 from remetal.repository.locks import MachineLock, hold_machine
 from remetal.repository.machines import Head, MachineKeys
 from remetal.repository.maps import PAGE_CHUNKS, PageBuilder, map_digest, map_folder, page_slots, put_page
-from remetal.repository.repository import Repository, new_recipients, utc_now
+from remetal.repository.repository import Repository, drop_revoked, new_recipients, utc_now
 from remetal.repository.snapshots import Body, ImageRecord, Snapshot, check_image, encode_snapshot, open_snapshot
 from remetal.repository.table import ChunkTable
 from remetal.storage import AlreadyExistsError
@@ -374,7 +374,7 @@ def open_session(
             problems.append("what was decided last about this machine cannot be read: all of its data is stored again")
         for problem in problems:
             report(Warn(problem, "Run `remetal check`."))
-        _tell_new_recipients(repository, keys, report)
+        _follow_recipients(repository, keys, report)
         session = Session(repository, keys, lock, newest, table, workers=workers or os.cpu_count() or 1, report=report)
         try:
             yield session
@@ -382,8 +382,11 @@ def open_session(
             session.abandon()
 
 
-def _tell_new_recipients(repository: Repository, keys: MachineKeys, report: Report) -> None:
+def _follow_recipients(repository: Repository, keys: MachineKeys, report: Report) -> None:
+    """Seal no more to recipients that were revoked; tell of new ones, which somebody has to accept."""
     try:
+        for recipient in drop_revoked(repository, keys):
+            report(Note(f"the recipient {recipient.id} was removed: nothing is sealed to it any more"))
         fresh = new_recipients(repository, keys)
     except DamagedError as error:
         report(Warn(error.message, error.hint))

@@ -119,6 +119,7 @@ def prune_repository(
     machine: str | None = None,
     grace: float,
     max_unused: float,
+    reseal: bool = False,
     dry_run: bool = False,
     report: Report = silent,
 ) -> tuple[list[PruneResult], RemetalError | None]:
@@ -140,6 +141,7 @@ def prune_repository(
                         machine_id,
                         grace=grace,
                         max_unused=max_unused,
+                        reseal=reseal,
                         dry_run=dry_run,
                         report=report,
                     )
