@@ -1,4 +1,4 @@
-"""Forgetting and pruning as plain commands."""
+"""Forgetting, pruning and copying as plain commands."""
 
 from __future__ import annotations
 
@@ -144,3 +144,19 @@ def test_nothing_is_deleted_of_a_damaged_machine(site: Site, disk: Path) -> None
 def test_the_keys_of_a_machine_do_not_forget(shared: Site) -> None:
     for words in (("forget", "--keep-last", "1"), ("prune",)):
         assert "passphrase is needed" in shared.remetal(*words, code=3, REMETAL_PASSPHRASE_FILE="").err
+
+
+def test_a_copy_restores_and_follows(site: Site, disk: Path) -> None:
+    copy = site.folder / "copy"
+    done = site.remetal("copy", "--to", copy, "--json").json
+    assert (done["there"], done["problems"]) == (0, [])
+    site.remetal("restore", "latest", "--repo", copy, "--map", site.folder / "new.img", "--yes")
+    assert hash_file(site.folder / "new.img") == hash_file(disk)
+    site.remetal("forget", "--keep-last", "1")
+    site.remetal("prune", "--grace", "0")
+    site.remetal("copy", "--to", copy, "--delete")
+    site.remetal("check", "--read-data", "--repo", copy)
+    assert len(site.remetal("snapshots", "--repo", copy, "--json").json) == 1
+    assert "same place" in site.remetal("copy", "--to", site.repository, code=2).err
+    (next((site.repository / "packs").rglob("*/*"))).write_bytes(b"garbage")
+    assert "damaged" in site.remetal("copy", "--to", site.folder / "third", code=5).out

@@ -30,6 +30,7 @@ COMMANDS = {
     "repair": ("remetal.cli.repair:repair", "Make a lost or damaged index anew from the packs."),
     "forget": ("remetal.cli.forget:forget", "Forget snapshots, by name or by a policy."),
     "prune": ("remetal.cli.prune:prune", "Delete what no snapshot needs any more."),
+    "copy": ("remetal.cli.copy:copy", "Copy a repository to another place."),
     "export": ("remetal.cli.export:export", "Write one disk of a snapshot to a disk file."),
     "recovery": ("remetal.cli.recovery:recovery", "Recover this machine (on the recovery medium)."),
     "key": ("remetal.cli.key:app", "Passphrases, recipients and the recovery kit."),
