@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from remetal.errors import UnavailableError
@@ -66,6 +66,9 @@ class MemoryStore:
         with self.guard:
             self.objects.pop(name, None)
         self.after(("delete", name))
+
+    def keep(self, names: Iterable[str]) -> int:
+        return 0
 
     def close(self) -> None:
         pass

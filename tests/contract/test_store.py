@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,9 @@ from remetal.storage import AlreadyExistsError, Entry, LocalStore, NotFoundError
 from remetal.storage.http import HttpStore
 from remetal.storage.limit import LimitedStore
 from remetal.storage.retry import RetryingStore
+from remetal.storage.s3 import S3Store
 from remetal.storage.sftp import SftpStore
+from tests.ceph import Gateway
 from tests.repositories import MemoryStore
 from tests.servers import SshServer, running_nginx, running_sshd
 
@@ -43,6 +45,9 @@ class Shown:
     def delete(self, name: str) -> None:
         self._files.delete(name)
 
+    def keep(self, names: Iterable[str]) -> int:
+        return self._files.keep(names)
+
     def close(self) -> None:
         self._web.close()
 
@@ -53,7 +58,7 @@ MAKERS: dict[str, Callable[[Path], Store]] = {
     "memory": lambda folder: MemoryStore(),
     "retrying": lambda folder: RetryingStore(LimitedStore(MemoryStore(), 1e9)),
 }
-SERVERS = ("sftp", "nginx-html", "nginx-json")
+SERVERS = ("sftp", "nginx-html", "nginx-json", "s3", "s3-versions")
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +96,16 @@ def _make_store(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytes
         monkeypatch.setenv("REMETAL_SSH_KEY", str(server.key))
         monkeypatch.setenv("REMETAL_SSH_KNOWN_HOSTS", str(server.known_hosts))
         return SftpStore(server.location(folder / "deep folder"))
+    if request.param.startswith("s3"):
+        gateway: Gateway = request.getfixturevalue("gateway")
+        for variable, value in gateway.environment().items():
+            monkeypatch.setenv(variable, value)
+        bucket, client = f"contract-{request.param}", gateway.client()
+        with suppress(client.exceptions.BucketAlreadyOwnedByYou):
+            client.create_bucket(Bucket=bucket)
+        if bucket.endswith("versions"):
+            client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+        return S3Store(f"s3://{bucket}/{uuid.uuid4().hex}")
     address, root = request.getfixturevalue("shown")[request.param.removeprefix("nginx-")]
     name = f"{folder.name}-{uuid.uuid4().hex[:6]}"
     (root / name).mkdir()

@@ -27,8 +27,8 @@ Repo = Annotated[
     Parameter(
         name=["--repo", "-r"],
         env_var="REMETAL_REPO",
-        help="The repository: a folder such as /mnt/usb/backup, sftp://USER@HOST/FOLDER, or (to read only) "
-        "https://HOST/FOLDER.",
+        help="The repository: a folder such as /mnt/usb/backup, sftp://USER@HOST/FOLDER, s3://BUCKET/PREFIX, "
+        "or (to read only) https://HOST/FOLDER.",
         metavar="REPOSITORY",
     ),
 ]

@@ -98,6 +98,8 @@ def pruned_table(results: Sequence[PruneResult], *, dry_run: bool) -> Renderable
     table = new_table("machine", ">kept", ">to go" if dry_run else ">condemned", ">written anew", ">deleted", "next")
     for each in results:
         wait = f"deletes in {format_duration(each.grace_left)} or later" if each.grace_left else ""
+        if each.retained_objects:
+            wait = f"{each.retained_objects} objects are retained by the store; {wait}".rstrip("; ")
         table.add_row(
             escape(each.machine),
             format_bytes(each.kept_bytes),

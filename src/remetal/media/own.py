@@ -27,6 +27,7 @@ _PYTHON = Path("usr/lib/remetal/python")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LEFT_OUT = {"__pycache__", "tests", "testing", "_pyinstaller", "f2py", "distutils", "include"}
 _LEFT_OUT_ENDINGS = (".pyi", ".pyc", ".h", ".a", ".pxd", ".c", ".pyx", ".lib")
+_SERVICES = {"s3", "sts", "sso", "sso-oidc", "signin"}
 _COMPRESSION = ("-comp", "zstd", "-Xcompression-level", "12", "-b", "256K")
 
 
@@ -49,6 +50,7 @@ def build_own_layer(base: BaseRoot, work: Path, answer: bytes | None, report: Re
     python = folder / _PYTHON
     python.mkdir(parents=True)
     _put_dependencies(base, python, report)
+    _thin_out(python)
     shutil.copytree(Path(remetal.__file__).parent, python / "remetal", ignore=_left_out)
     _compile(base, python)
     image = work / "own.squashfs"
@@ -102,6 +104,13 @@ def _requirements(package: Distribution) -> Iterator[tuple[str, bool]]:
         match = _NAME.match(words.strip())
         if match is not None and not re.search(r"\bextra\b", marker):
             yield match[0], bool(marker.strip())
+
+
+def _thin_out(python: Path) -> None:
+    """Leave out what botocore knows of services other than S3, and those that give credentials for it."""
+    for folder in (python / "botocore/data").glob("*/"):
+        if folder.name not in _SERVICES:
+            shutil.rmtree(folder)
 
 
 def _put_dependencies(base: BaseRoot, python: Path, report: Report) -> None:

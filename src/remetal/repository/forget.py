@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from remetal import __version__
@@ -23,7 +24,7 @@ from remetal.repository.ledgers import NOTHING_DOOMED, Condemned, Ledger, Ledger
 from remetal.repository.objects import HELP
 from remetal.repository.recipients import RecipientKey
 from remetal.repository.repository import Repository, utc_now
-from remetal.storage import AlreadyExistsError
+from remetal.storage import AlreadyExistsError, RetainedError
 
 _TRIES = 20
 
@@ -104,7 +105,8 @@ def delete_gone(repository: Repository, access: MachineAccess) -> None:
     history = need_whole_history(repository, access, read_vouched(repository))
     for name in entry_names(repository, access.machine.id):
         if is_gone(sequence_of(name), history.ledgers.gone):
-            repository.store.delete(name)
+            with suppress(RetainedError):  # it is not listed any more, and deleted when the store lets it go
+                repository.store.delete(name)
 
 
 def _encode(history: History, access: MachineAccess, key: RecipientKey, decision: Decision) -> tuple[bytes, int]:

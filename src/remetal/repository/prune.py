@@ -24,7 +24,24 @@ from remetal.repository.indexes import PACKS_PER_INDEX, put_index
 from remetal.repository.ledgers import NOTHING_DOOMED, Condemned, split_packs
 from remetal.repository.locks import MachineLock, hold_machine
 from remetal.repository.maps import ZERO_ID, map_folder
-from remetal.repository.objects import HELP, PACKS, damaged, get_object, hash_in_name, pack_name, put_once
+from remetal.repository.objects import (
+    CONFIG,
+    HELP,
+    HISTORY,
+    INDEX,
+    MACHINES,
+    MAPS,
+    PACKS,
+    RECIPIENTS,
+    REVOKED,
+    SECRETS,
+    SLOTS,
+    damaged,
+    get_object,
+    hash_in_name,
+    pack_name,
+    put_once,
+)
 from remetal.repository.packs import (
     MAX_PACK,
     PROLOGUE,
@@ -41,7 +58,7 @@ from remetal.repository.packs import (
 from remetal.repository.recipients import RecipientKey
 from remetal.repository.repository import Repository, active_recipients
 from remetal.repository.table import ChunkTable
-from remetal.storage import NotFoundError
+from remetal.storage import NotFoundError, RetainedError
 
 DEFAULT_GRACE = 7 * 86400.0
 """Seconds from the prune that condemns something to the one that may delete it."""
@@ -59,7 +76,8 @@ _LEAST_WASTE = 0.1
 class PruneResult:
     """What a prune of one machine did: bytes of packs, and counts of objects.
 
-    `deleted` is gone, `condemned` waits, and `rewritten` of the bytes that are condemned now were kept in new packs.
+    `deleted` is gone, `retained` would be if the store did not protect it yet, `condemned` waits, and `rewritten` of
+    the bytes that are condemned now were kept in new packs.
     `grace_left` is how many seconds the first of what waits has to wait at least.
     """
 
@@ -70,6 +88,7 @@ class PruneResult:
     condemned_bytes: int = 0
     condemned_objects: int = 0
     rewritten_bytes: int = 0
+    retained_objects: int = 0
     grace_left: float = 0.0
 
 
@@ -141,6 +160,7 @@ class _Prune:
         self.active = {each.id: each for each in active_recipients(repository)}
         self.report = report
         self.result = PruneResult(access.machine.name)
+        self.retained: list[str] = []
         self.sizes = {entry.name: entry.size for entry in self.store.entries(PACKS)}
 
     def look(self) -> PruneResult:
@@ -162,14 +182,29 @@ class _Prune:
         packs, names = self._rewrite(history, found)
         group = Condemned(since=0, age=0.0, packs=b"".join(sorted(packs)), names=tuple(sorted(names)))
         self._account(found, group)
-        if group.packs or group.names or (history.ledgers.newest is not None and history.ledgers.newest.body.condemned):
+        before = history.ledgers.newest
+        if group.packs or group.names or self.retained or (before is not None and before.body.condemned):
             self._check_lock()
             sequence, _ = append_ledger(
                 self.repository, self.key, self.access, lambda now: self._decide(history, now, group, found)
             )
             self.report(Note(f"entry {sequence} of the history says what is to go"))
         self._finish(need_whole_history(self.repository, self.access, read_vouched(self.repository)))
+        self.result.retained_objects = len(self.retained)
+        self.store.keep(self._kept_names(found, group))
         return self.result
+
+    def _kept_names(self, found: _Found, group: Condemned) -> Iterator[str]:
+        """Yield the names of all objects that the machine's snapshots need."""
+        going = {*map(pack_name, split_packs(group.packs)), *group.names}
+        yield from (name for name in (pack_name(each) for each, _ in found.table.packs) if name not in going)
+        for prefix in (INDEX, MAPS, HISTORY):
+            for entry in self.store.entries(f"{prefix}{self.machine.id}/"):
+                if entry.name not in going:
+                    yield entry.name
+        for prefix in (RECIPIENTS, REVOKED, SLOTS, MACHINES, SECRETS):
+            yield from (entry.name for entry in self.store.entries(prefix))
+        yield CONFIG
 
     def _check_lock(self) -> None:
         if self.lock is not None:
@@ -181,12 +216,17 @@ class _Prune:
         ledger = history.ledgers.newest
         if ledger is None:
             return
+        self.retained = []
         doomed = [*ledger.body.doomed.names, *map(pack_name, split_packs(ledger.body.doomed.packs))]
         total = sum(self.sizes.get(name, 0) for name in doomed)
         for number, name in enumerate(doomed):
             if number % _DELETIONS_PER_LOOK == 0:
                 self._check_lock()
-            self.store.delete(name)
+            try:
+                self.store.delete(name)
+            except RetainedError:
+                self.retained.append(name)
+                continue
             self.result.deleted_bytes += self.sizes.pop(name, 0)
             self.result.deleted_objects += 1
             self.report(Progress(f"deleting from {self.machine.name}", self.result.deleted_bytes, max(total, 1)))
@@ -378,7 +418,8 @@ class _Prune:
         ripe = [each for each in aged if each.age >= self.grace]
         waiting = tuple(each for each in aged if each.age < self.grace and (each.packs or each.names))
         self.result.grace_left = max((self.grace - each.age for each in waiting), default=0.0)
-        return Decision(condemned=waiting, doomed=_join(ripe))
+        retained = _group_of(self.retained)
+        return Decision(condemned=waiting, doomed=_join([*ripe, *([retained] if self.retained else [])]))
 
     def _account(self, found: _Found, group: Condemned) -> None:
         going = set(split_packs(group.packs))
@@ -392,6 +433,12 @@ def _without(group: Condemned, found: _Found, age: float) -> Condemned:
     packs = [each for each in split_packs(group.packs) if each not in found.rescued]
     names = tuple(each for each in group.names if each not in found.rescued_names)
     return Condemned(since=group.since, age=age, packs=b"".join(packs), names=names)
+
+
+def _group_of(names: Sequence[str]) -> Condemned:
+    packs = [hash_in_name(name) or b"" for name in names if name.startswith(PACKS)]
+    others = tuple(name for name in names if not name.startswith(PACKS))
+    return Condemned(since=0, age=0.0, packs=b"".join(packs), names=others)
 
 
 def _join(groups: Sequence[Condemned]) -> Condemned:

@@ -11,10 +11,20 @@ from remetal.errors import UsageError
 from remetal.storage.limit import LimitedStore
 from remetal.storage.local import LocalStore
 from remetal.storage.retry import RetryingStore
-from remetal.storage.store import AlreadyExistsError, Entry, NotFoundError, Pieces, Store
+from remetal.storage.store import AlreadyExistsError, Entry, NotFoundError, Pieces, RetainedError, Store
 from remetal.units import KIB, parse_bytes
 
-__all__ = ["AlreadyExistsError", "Entry", "LocalStore", "NotFoundError", "Pieces", "Store", "find_folder", "open_store"]
+__all__ = [
+    "AlreadyExistsError",
+    "Entry",
+    "LocalStore",
+    "NotFoundError",
+    "Pieces",
+    "RetainedError",
+    "Store",
+    "find_folder",
+    "open_store",
+]
 
 
 _LEAST_RATE = 10 * KIB
@@ -39,11 +49,18 @@ def _open_http(location: str) -> Store:
     return RetryingStore(HttpStore(location))
 
 
+def _open_s3(location: str) -> Store:
+    from remetal.storage.s3 import S3Store
+
+    return RetryingStore(S3Store(location))
+
+
 KINDS: dict[str, Callable[[str], Store]] = {
     "file": _open_file,
     "sftp": _open_sftp,
     "http": _open_http,
     "https": _open_http,
+    "s3": _open_s3,
 }
 """What opens a location, by its scheme; a new kind of store is one line here."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html.parser import HTMLParser
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
@@ -79,6 +79,10 @@ class HttpStore:
     def delete(self, name: str) -> None:
         """Refuse: see the module."""
         check_name(name)
+        raise self._read_only()
+
+    def keep(self, names: Iterable[str]) -> int:
+        """Refuse: see the module."""
         raise self._read_only()
 
     def close(self) -> None:

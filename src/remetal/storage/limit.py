@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from remetal.storage.store import Entry, Pieces, Store
 
@@ -50,6 +50,10 @@ class LimitedStore:
     def delete(self, name: str) -> None:
         """Remove an object; see the contract."""
         self._store.delete(name)
+
+    def keep(self, names: Iterable[str]) -> int:
+        """Protect objects; see the contract."""
+        return self._store.keep(names)
 
     def close(self) -> None:
         """Close the store below."""

@@ -14,7 +14,7 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -97,6 +97,10 @@ class LocalStore:
         with self._explained(name), suppress(FileNotFoundError):
             (self.root / name).unlink()
             _sync_folder((self.root / name).parent)
+
+    def keep(self, names: Iterable[str]) -> int:
+        """Do nothing: a folder protects nothing."""
+        return 0
 
     def close(self) -> None:
         """Nothing is held open between calls."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from remetal.errors import UnavailableError
@@ -75,6 +75,11 @@ class RetryingStore:
     def delete(self, name: str) -> None:
         """Remove an object; see the contract."""
         self._repeat(lambda: self._store.delete(name))
+
+    def keep(self, names: Iterable[str]) -> int:
+        """Protect objects; see the contract."""
+        wanted = list(names)
+        return self._repeat(lambda: self._store.keep(wanted))
 
     def close(self) -> None:
         """Close the store below."""

@@ -12,7 +12,7 @@ import asyncio
 import os
 import secrets
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
@@ -90,6 +90,10 @@ class SftpStore:
         check_name(name)
         with self._explained(name):
             self._run(self._delete(name))
+
+    def keep(self, names: Iterable[str]) -> int:
+        """Do nothing: a folder protects nothing."""
+        return 0
 
     def close(self) -> None:
         """End the connection."""

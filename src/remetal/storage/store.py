@@ -8,12 +8,13 @@ reader sees a whole object or none.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from remetal.errors import RemetalError, UsageError
 
+_VOLATILE = "locks/"
 _NAME = re.compile(r"[a-z0-9_-][a-z0-9._-]{0,199}(?:/[a-z0-9_-][a-z0-9._-]{0,199}){0,7}")
 
 
@@ -23,6 +24,10 @@ class NotFoundError(RemetalError):
 
 class AlreadyExistsError(RemetalError):
     """An object of that name is there already; it was left as it is."""
+
+
+class RetainedError(RemetalError):
+    """The store keeps the object for some time yet, whoever asks; nothing else is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,11 @@ class Entry:
 def is_name(name: str) -> bool:
     """Whether a name keeps the contract: up to 8 words of up to 200 of `[a-z0-9._-]`, none starting with a dot."""
     return _NAME.fullmatch(name) is not None
+
+
+def is_volatile(name: str) -> bool:
+    """Whether objects of this name come and go; all others stay what they are until they are deleted for good."""
+    return name.startswith(_VOLATILE)
 
 
 def check_name(name: str) -> None:
@@ -82,7 +92,16 @@ class Store(Protocol):
         """
 
     def delete(self, name: str) -> None:
-        """Remove an object; removing one that is not there is no error."""
+        """Remove an object; removing one that is not there is no error.
+
+        Raises RetainedError if the store protects it for some time.
+        """
+
+    def keep(self, names: Iterable[str]) -> int:
+        """Protect objects from deletion for as long as the store protects new ones; return for how many that was due.
+
+        A store that protects nothing does nothing.
+        """
 
     def close(self) -> None:
         """Let go of connections and handles; further calls are a mistake of the caller."""

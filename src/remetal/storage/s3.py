@@ -1,0 +1,380 @@
+"""A bucket as a store: `s3://BUCKET/PREFIX`, at AWS or at whatever speaks its protocol.
+
+Credentials, region and endpoint come from where the `aws` command finds them: AWS_ACCESS_KEY_ID and its companions,
+~/.aws/credentials and AWS_PROFILE, the instance's role; AWS_ENDPOINT_URL for another provider. The bucket has to honour
+`If-None-Match: *`, which makes of two writers one the winner.
+
+In a bucket that keeps versions the oldest version of an object is the object: what somebody uploads over it, and
+markers that say it is deleted, change nothing. Objects below `locks/` come and go; a marker ends those.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+import botocore.exceptions
+import botocore.session
+import obstore
+import obstore.exceptions
+import obstore.store
+
+from remetal.errors import RefusedError, UnavailableError, UsageError
+from remetal.storage.store import (
+    AlreadyExistsError,
+    Entry,
+    NotFoundError,
+    Pieces,
+    RetainedError,
+    check_name,
+    is_name,
+    is_volatile,
+)
+
+if TYPE_CHECKING:
+    from obstore.store import S3Credential
+
+_TIMEOUT = timedelta(seconds=60)
+_KNOWN_VERSIONS = 1 << 17
+"""Of how many objects the version that counts is remembered."""
+_DEFAULT_REGION = "us-east-1"
+_DENIED = {"AccessDenied", "AllAccessDisabled", "InvalidRequest"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """One version of an object, or with the size -1 a marker that it was deleted; `row` as the server tells it."""
+
+    key: str
+    version: str
+    size: int
+    row: Mapping[str, Any]
+
+
+class S3Store:
+    """The store of `remetal.storage.store` in a bucket, or below a prefix of it."""
+
+    def __init__(self, location: str) -> None:
+        parts = urlsplit(location)
+        prefix = unquote(parts.path).strip("/")
+        if parts.scheme != "s3" or not parts.netloc or parts.query or (prefix and not is_name(prefix)):
+            raise UsageError(
+                f"'{location}' is not a place in a bucket",
+                hint="Write s3://BUCKET or s3://BUCKET/PREFIX, in lower case; keys come from the environment.",
+            )
+        self._location, self._bucket = location, parts.netloc
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._session = botocore.session.Session()
+        self._guard = threading.Lock()
+        self._objects: obstore.store.S3Store | None = None
+        self._client: Any = None
+        self._versioned = False
+        self._first: OrderedDict[str, _Version] = OrderedDict()
+
+    @property
+    def location(self) -> str:
+        """The address as the person gave it."""
+        return self._location
+
+    def put(self, name: str, data: Pieces) -> None:
+        """Create an object; see the contract."""
+        check_name(name)
+        with self._explained(name):
+            objects = self._open()
+            if self._versioned and self._find_first(name) is not None:
+                raise self._taken(name)
+            made = obstore.put(objects, self._prefix + name, b"".join(data), mode="create", use_multipart=False)
+            if self._versioned:
+                self._need_first(name, str(made["version"]))
+
+    def get(self, name: str, *, start: int = 0, size: int | None = None) -> bytes:
+        """Return an object's bytes; see the contract."""
+        check_name(name)
+        with self._explained(name):
+            objects = self._open()
+            options: dict[str, Any] = {}
+            if self._versioned:
+                found = self._find_first(name)
+                if found is None:
+                    raise NotFoundError(f"{self._location} has no object '{name}'")
+                options["version"], total = found.version, found.size
+            elif start or size is not None:
+                total = int(obstore.head(objects, self._prefix + name)["size"])
+            else:
+                return bytes(obstore.get(objects, self._prefix + name).bytes())
+            end = total if size is None else min(total, start + size)
+            if end <= start:
+                return b""
+            if (start, end) != (0, total):
+                options["range"] = (start, end)
+            return bytes(obstore.get(objects, self._prefix + name, options=options).bytes())  # type: ignore[arg-type]
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        """Yield objects in the order of names; see the contract."""
+        if prefix.rpartition("/")[0] and not is_name(prefix.rpartition("/")[0]):
+            return
+        with self._explained(prefix):
+            self._open()
+            for entry in self._list_versions(prefix) if self._versioned else self._list(prefix):
+                if is_name(entry.name):
+                    yield entry
+
+    def delete(self, name: str) -> None:
+        """Remove an object; see the contract."""
+        check_name(name)
+        with self._explained(name):
+            objects = self._open()
+            if self._versioned:
+                self._delete_versions(name)
+                return
+            with suppress(FileNotFoundError, obstore.exceptions.NotFoundError):
+                obstore.delete(objects, self._prefix + name)
+
+    def keep(self, names: Iterable[str]) -> int:
+        """Lock objects again for as long as the bucket locks new ones; see the contract."""
+        with self._explained(""):
+            self._open()
+            period = self._retention()
+            if period is None:
+                return 0
+            now, kept = datetime.now(UTC), 0
+            for name in names:
+                found = self._find_first(name)
+                if found is None:
+                    continue
+                place = {"Bucket": self._bucket, "Key": self._prefix + name, "VersionId": found.version}
+                until = self._locked_until(place)
+                if until is None or until < now + period / 2:
+                    retention = {"Mode": "COMPLIANCE", "RetainUntilDate": now + period}
+                    self._client.put_object_retention(**place, Retention=retention)
+                    kept += 1
+            return kept
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        if self._client is not None:
+            self._client.close()
+
+    def _open(self) -> obstore.store.S3Store:
+        with self._guard:
+            if self._objects is None:
+                region = self._session.get_config_variable("region") or _DEFAULT_REGION
+                self._client = self._session.create_client("s3", region_name=region, config=_client_config())
+                endpoint = self._client.meta.endpoint_url
+                self._objects = obstore.store.S3Store(
+                    self._bucket,
+                    region=region,
+                    endpoint=endpoint,
+                    credential_provider=self._credentials(),
+                    client_options={"allow_http": endpoint.startswith("http://"), "timeout": _TIMEOUT},
+                    retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=1)},  # others try again
+                )
+                self._versioned = self._is_versioned()
+            return self._objects
+
+    def _credentials(self) -> Callable[[], S3Credential]:
+        """Return what gives the present credentials: those of a role change every hour."""
+        found = self._session.get_credentials()
+        if found is None:
+            raise RefusedError(
+                f"there are no credentials for {self._location}",
+                hint="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE with ~/.aws/credentials.",
+            )
+
+        def provide() -> S3Credential:
+            now = found.get_frozen_credentials()
+            return {
+                "access_key_id": now.access_key,
+                "secret_access_key": now.secret_key,
+                "token": now.token,
+                "expires_at": datetime.now(UTC) + timedelta(minutes=5),
+            }
+
+        return provide
+
+    def _is_versioned(self) -> bool:
+        try:
+            status = self._client.get_bucket_versioning(Bucket=self._bucket).get("Status", "")
+        except botocore.exceptions.ClientError as error:
+            if _code(error) in _DENIED:  # who may not ask gets the newest version, as everywhere
+                return False
+            raise
+        return status in {"Enabled", "Suspended"}
+
+    def _list(self, prefix: str) -> Iterator[Entry]:
+        pages = self._client.get_paginator("list_objects_v2")
+        for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix + prefix):
+            for row in page.get("Contents", ()):
+                yield Entry(row["Key"].removeprefix(self._prefix), row["Size"])
+
+    def _list_versions(self, prefix: str) -> Iterator[Entry]:
+        """Yield what there is of each name, in their order: all versions of a name stand together."""
+        for key, versions in groupby(self._read_versions(prefix), key=lambda each: each.key):
+            name = key.removeprefix(self._prefix)
+            first = _choose(name, list(versions))
+            if first is not None:
+                self._remember(name, first)
+                yield Entry(name, first.size)
+
+    def _read_versions(self, prefix: str) -> Iterator[_Version]:
+        """Yield all versions of the names with a prefix, and the markers that they are deleted, by name."""
+        pages = self._client.get_paginator("list_object_versions")
+        for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix + prefix):
+            rows = [_Version(row["Key"], row["VersionId"], row["Size"], row) for row in page.get("Versions", ())]
+            rows += [_Version(row["Key"], row["VersionId"], -1, row) for row in page.get("DeleteMarkers", ())]
+            yield from sorted(rows, key=lambda each: each.key)  # the newest first, and markers last, of each name
+
+    def _find_first(self, name: str) -> _Version | None:
+        """Return the version that is the object, or None if there is no object of that name."""
+        with self._guard:
+            if name in self._first and not is_volatile(name):
+                return self._first[name]
+        key = self._prefix + name
+        first = _choose(name, [each for each in self._read_versions(name) if each.key == key])
+        if first is not None:
+            self._remember(name, first)
+        return first
+
+    def _remember(self, name: str, version: _Version) -> None:
+        with self._guard:
+            self._first[name] = version
+            self._first.move_to_end(name)
+            if len(self._first) > _KNOWN_VERSIONS:
+                self._first.popitem(last=False)
+
+    def _need_first(self, name: str, version: str) -> None:
+        """Raise AlreadyExistsError if the version that was just made is not the first, and take it back.
+
+        With versions some providers let every writer in that asks whether the name is free at the same moment.
+        """
+        first = self._find_first(name)
+        if first is None or first.version != version:
+            with suppress(RetainedError):
+                self._delete_version(name, version)
+            raise self._taken(name)
+
+    def _delete_versions(self, name: str) -> None:
+        """Delete all versions of an object for good, and the markers that it was deleted."""
+        with self._guard:
+            self._first.pop(name, None)
+        try:
+            for each in list(self._read_versions(name)):
+                if each.key == self._prefix + name:
+                    self._delete_version(name, each.version)
+        except RetainedError:
+            if not is_volatile(name):
+                raise
+            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + name)
+
+    def _delete_version(self, name: str, version: str) -> None:
+        try:
+            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + name, VersionId=version)
+        except botocore.exceptions.ClientError as error:
+            if _code(error) in _DENIED:
+                raise RetainedError(
+                    f"{self._location} does not let the object '{name}' be deleted yet",
+                    hint="It is locked for a time, or these credentials may not delete versions.",
+                ) from error
+            raise
+
+    def _taken(self, name: str) -> AlreadyExistsError:
+        return AlreadyExistsError(f"{self._location} has an object '{name}' already")
+
+    def _retention(self) -> timedelta | None:
+        """Return for how long the bucket locks new objects in compliance mode; None if it does not."""
+        try:
+            found = self._client.get_object_lock_configuration(Bucket=self._bucket)["ObjectLockConfiguration"]
+        except botocore.exceptions.ClientError as error:
+            if _code(error) in {"ObjectLockConfigurationNotFoundError", "NotImplemented", *_DENIED}:
+                return None
+            raise
+        rule = found.get("Rule", {}).get("DefaultRetention", {})
+        days = rule.get("Days", 0) + 365 * rule.get("Years", 0)
+        return timedelta(days=days) if rule.get("Mode") == "COMPLIANCE" and days else None
+
+    def _locked_until(self, place: dict[str, str]) -> datetime | None:
+        try:
+            until: datetime = self._client.get_object_retention(**place)["Retention"]["RetainUntilDate"]
+        except botocore.exceptions.ClientError as error:
+            if _code(error) in {"NoSuchObjectLockConfiguration", "ObjectLockConfigurationNotFoundError"}:
+                return None
+            raise
+        return until if until.tzinfo else until.replace(tzinfo=UTC)
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        """Turn errors of the libraries and the server into sentences."""
+        try:
+            yield
+        except obstore.exceptions.AlreadyExistsError as error:
+            raise self._taken(name) from error
+        except (FileNotFoundError, obstore.exceptions.NotFoundError) as error:
+            if "NoSuchBucket" in str(error):
+                raise self._no_bucket() from error
+            raise NotFoundError(f"{self._location} has no object '{name}'") from error
+        except (obstore.exceptions.PermissionDeniedError, obstore.exceptions.UnauthenticatedError) as error:
+            raise self._denied(name) from error
+        except obstore.exceptions.NotSupportedError as error:
+            raise RefusedError(
+                f"{self._location} cannot create an object only where there is none",
+                hint="The provider has to honour `If-None-Match: *`.",
+            ) from error
+        except botocore.exceptions.ClientError as error:
+            if _code(error) == "NoSuchBucket":
+                raise self._no_bucket() from error
+            if _code(error) in {*_DENIED, "InvalidAccessKeyId", "SignatureDoesNotMatch", "403", "ExpiredToken"}:
+                raise self._denied(name) from error
+            raise self._failed(name, str(error)) from error
+        except (obstore.exceptions.BaseError, botocore.exceptions.BotoCoreError, OSError) as error:
+            raise self._failed(name, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+
+    def _no_bucket(self) -> RefusedError:
+        return RefusedError(f"there is no bucket {self._bucket}", hint="Make it first, with the provider's own tools.")
+
+    def _denied(self, name: str) -> RefusedError:
+        return RefusedError(
+            f"{self._location} does not allow it at '{name}' with these credentials",
+            hint="Check AWS_ACCESS_KEY_ID or AWS_PROFILE, and the policy of the bucket.",
+        )
+
+    def _failed(self, name: str, what: str) -> UnavailableError:
+        return UnavailableError(
+            f"{self._location} failed at '{name}': {what}",
+            hint="Is the endpoint (AWS_ENDPOINT_URL) right, and reachable? Then run the command again.",
+        )
+
+
+def _choose(name: str, versions: Sequence[_Version]) -> _Version | None:
+    """Return the version of a name that is the object: the oldest, or the oldest since what is volatile was deleted."""
+    markers = [each for each in versions if each.size < 0]
+    found = [each for each in versions if each.size >= 0]
+    if is_volatile(name) and markers:
+        if any(each.row["IsLatest"] for each in markers):
+            return None
+        deleted = max(each.row["LastModified"] for each in markers)
+        found = [each for each in found if each.row["LastModified"] >= deleted]
+    return found[-1] if found else None
+
+
+def _client_config() -> Any:
+    from botocore.config import Config
+
+    return Config(
+        connect_timeout=20,
+        read_timeout=60,
+        retries={"total_max_attempts": 1},
+        s3={"addressing_style": "path"},
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+
+
+def _code(error: botocore.exceptions.ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
