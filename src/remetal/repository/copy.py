@@ -91,10 +91,8 @@ def _check_target(source: Store, target: Store) -> bool:
     try:
         there = target.get(CONFIG)
     except NotFoundError:
-        ours = {entry.name for entry in source.entries(RECIPIENTS)}
-        others = [entry for entry in target.entries("") if not entry.name.startswith(RECIPIENTS)]
-        known = [entry.name for entry in target.entries(RECIPIENTS)]
-        if not set(known) <= ours or (others and not known):
+        ours = {entry.name for entry in source.entries("")}  # names with ids and hashes: nobody else has such
+        if any(entry.name not in ours for entry in target.entries("")):
             raise RefusedError(
                 f"{target.location} holds something else already", hint="Choose an empty place for the copy."
             ) from None

@@ -1,0 +1,169 @@
+"""A campaign: some work is done over and over, each time with a fault at another of its store operations.
+
+After every fault the invariants are looked at: an acknowledged snapshot restores to the last bit, one that was not is
+whole if it is listed at all, a check finds nothing wrong, and the next backup and prune succeed without help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from remetal.errors import RemetalError, UnavailableError
+from remetal.repository.catalog import open_catalog
+from remetal.repository.check import check_repository
+from remetal.repository.machines import MachineKeys
+from remetal.repository.prune import prune_machine
+from remetal.repository.repository import open_repository
+from remetal.storage import Entry, Pieces
+from tests.repositories import MemoryStore, Site, backup, restore
+
+MODES = ("before", "after", "lost", "once-before", "once-after")
+"""How an operation fails.
+
+`before` and `after` it takes effect, and with it all that follow: the computer has died. `lost`: it is acknowledged and
+has no effect, and the computer dies. `once-…`: it alone fails, and the work goes on as it will.
+"""
+
+
+class FaultError(UnavailableError):
+    """The failure that a campaign puts into a store."""
+
+
+@dataclass
+class FaultyStore(MemoryStore):
+    """A store in memory whose operation number `at` fails; reads and listings count, too."""
+
+    at: int = 0
+    mode: str = "before"
+    count: int = 0
+
+    def _begin(self) -> bool:
+        """Count an operation; return whether it is to have its effect. Raises FaultError if it is not even that."""
+        with self.guard:
+            self.count += 1
+            number = self.count
+        if not self.at or number < self.at:
+            return True
+        if number > self.at:
+            if self.mode.startswith("once"):
+                return True
+            raise FaultError("the store is gone")
+        if self.mode.endswith("before"):
+            raise FaultError("the store fails")
+        return self.mode != "lost"
+
+    def _end(self) -> None:
+        if self.at and self.count == self.at and self.mode.endswith("after"):
+            raise FaultError("the store has done it, and says that it failed")
+
+    def put(self, name: str, data: Pieces) -> None:
+        if self._begin():
+            super().put(name, data)
+        self._end()
+
+    def get(self, name: str, *, start: int = 0, size: int | None = None) -> bytes:
+        self._begin()
+        found = super().get(name, start=start, size=size)
+        self._end()
+        return found
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        self._begin()
+        found = list(super().entries(prefix))
+        self._end()
+        yield from found
+
+    def delete(self, name: str) -> None:
+        if self._begin():
+            super().delete(name)
+        self._end()
+
+
+@dataclass
+class World:
+    """A site, what its snapshots hold by their ids, and which of those may or may not be there."""
+
+    site: Site
+    expected: dict[str, bytes]
+    maybe: dict[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What a campaign has seen. `losses` is 0, or the campaign has failed."""
+
+    faults: int
+    acknowledged: int
+    losses: int = 0
+
+
+Work = Callable[[World], Iterable[tuple[str, bytes]]]
+"""What is done to a world; returns the snapshots that it has made, and may leave out of `expected` those it forgets."""
+
+
+def run_campaign(world: World, work: Work, modes: Iterable[str] = MODES) -> Tally:
+    """Do the work with a fault at each of its operations, in each mode, and check the invariants after each."""
+    total = _count(world, work)
+    faults = acknowledged = 0
+    for mode in modes:
+        for at in range(1, total + 1):
+            copy = _copy(world, at, mode)
+            made: Iterable[tuple[str, bytes]] = ()
+            with suppress(RemetalError):
+                made = list(work(copy))
+                acknowledged += 1
+            faults += 1
+            try:
+                need_sound(copy, made)
+            except Exception as error:
+                raise AssertionError(f"fault {mode} at operation {at} of {total}: {error!r}") from error
+    return Tally(faults, acknowledged)
+
+
+def _count(world: World, work: Work) -> int:
+    copy = _copy(world, 0, "before")
+    made = list(work(copy))
+    store = copy.site.store
+    assert isinstance(store, FaultyStore)
+    total = store.count
+    need_sound(copy, made)
+    return total
+
+
+def _copy(world: World, at: int, mode: str) -> World:
+    store = FaultyStore(dict(world.site.store.objects), at=0, mode=mode)
+    repository = open_repository(store)
+    store.count, store.at = 0, at
+    site = Site(store, repository, MachineKeys(world.site.keys.stored), world.site.key)
+    return World(site, dict(world.expected), dict(world.maybe))
+
+
+def need_sound(world: World, made: Iterable[tuple[str, bytes]] = ()) -> None:
+    """Check the invariants of what is left, by a computer that knows nothing of the fault."""
+    expected = world.expected | dict(made)
+    store = MemoryStore(dict(world.site.store.objects))
+    for name in [name for name in store.objects if name.startswith("locks/")]:
+        del store.objects[name]  # our own process lives, so its locks would stand; a dead one's are taken over
+    site = Site(store, open_repository(store), MachineKeys(world.site.keys.stored), world.site.key)
+    _compare(site, expected, world.maybe)
+    assert check_repository(site.repository, keys=site.key, read_data=True).problems == []
+    assert check_repository(site.repository, keys=site.keys).problems == []
+    fresh = b"after the fault" * 9000
+    following = backup(site, fresh, workers=1)
+    prune_machine(site.repository, site.key, site.keys.machine_id, grace=0, max_unused=0)
+    _compare(site, expected | {following.id: fresh}, world.maybe)
+    assert check_repository(site.repository, keys=site.key, read_data=True).problems == []
+
+
+def _compare(site: Site, expected: dict[str, bytes], maybe: dict[str, bytes]) -> None:
+    """Every expected snapshot restores; whatever else is listed was begun and is whole."""
+    snapshots = {each.id: each for each in open_catalog(site.repository, site.key).snapshots()}
+    assert expected.keys() <= snapshots.keys(), "an acknowledged snapshot is lost"
+    for identity, snapshot in snapshots.items():
+        data = restore(site, snapshot)
+        if identity in expected:
+            assert data == expected[identity], "a snapshot has other bytes than it had"
+        else:
+            assert data in maybe.values() or identity in maybe, "something is listed that nobody has made"

@@ -1,0 +1,228 @@
+"""A fault at every store operation of everything that changes a repository."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+
+import pytest
+
+from remetal.errors import RefusedError, RemetalError
+from remetal.repository import encoder
+from remetal.repository.catalog import open_catalog
+from remetal.repository.check import check_repository, rebuild_index
+from remetal.repository.copy import copy_repository
+from remetal.repository.forget import forget_snapshots
+from remetal.repository.prune import prune_machine
+from remetal.repository.repository import (
+    accept_recipients,
+    add_passphrase,
+    add_recipient,
+    change_passphrase,
+    enroll_machine,
+    init_repository,
+    list_keys,
+    open_repository,
+    remove_passphrase,
+    remove_recipient,
+    unlock_with_kit,
+    unlock_with_passphrase,
+)
+from tests.faults.campaign import MODES, FaultyStore, World, need_sound, run_campaign
+from tests.repositories import CHUNK, PASSPHRASE, MemoryStore, Site, backup, make_site, restore
+from tests.unit.test_repository_prune import noise
+
+_ONE, _TWO, _THREE = noise("f1", 3), noise("f2", 2) + noise("f1", 2), noise("f3", 2) + noise("f2", 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small() -> Iterator[None]:
+    """Make packs and index objects small, and passphrases quick."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr("remetal.repository.packs.PACK_SIZE", 2 * CHUNK)
+    patch.setattr(encoder, "PACKS_PER_INDEX", 2)
+    patch.setattr("remetal.repository.slots.MEMORY_KIB", 1 << 10)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def world(small: None) -> World:
+    site = make_site()
+    made = {backup(site, data, workers=1).id: data for data in (_ONE, _TWO)}
+    return World(site, made)
+
+
+def _first(world: World) -> str:
+    return next(iter(world.expected))
+
+
+def test_backup(world: World) -> None:
+    def work(world: World) -> Iterable[tuple[str, bytes]]:
+        return [(backup(world.site, _THREE, workers=1).id, _THREE)]
+
+    world = World(world.site, world.expected, {"unacknowledged": _THREE})
+    tally = run_campaign(world, work)
+    assert tally.faults > 60
+    print(f"backup: {tally}")
+
+
+def test_forget(world: World) -> None:
+    first = _first(world)
+
+    def work(world: World) -> Iterable[tuple[str, bytes]]:
+        world.maybe[first] = world.expected.pop(first)
+        forget_snapshots(world.site.repository, world.site.key, [first])
+        return []
+
+    print(f"forget: {run_campaign(world, work)}")
+
+
+@pytest.mark.parametrize("grace", [0.0, 1e6])
+def test_prune(world: World, grace: float) -> None:
+    site = _copied(world.site)
+    first = _first(world)
+    forget_snapshots(site.repository, site.key, [first])
+    expected = {identity: data for identity, data in world.expected.items() if identity != first}
+
+    def work(world: World) -> Iterable[tuple[str, bytes]]:
+        site = world.site
+        prune_machine(site.repository, site.key, site.keys.machine_id, grace=grace, max_unused=0, reseal=grace > 0)
+        return []
+
+    print(f"prune, grace {grace:.0f}: {run_campaign(World(site, expected), work)}")
+
+
+def test_repair(world: World) -> None:
+    """A lost index is made anew. What is cut off leaves the repository as damaged as it was; a second one mends it."""
+    site = _copied(world.site)
+    for entry in list(site.store.entries("index/")):
+        site.store.delete(entry.name)
+    total = _operations(site, lambda site: rebuild_index(site.repository, site.key))
+    for mode in MODES:
+        for at in range(1, total + 1):
+            broken = _faulty(site, at, mode)
+            with suppress(RemetalError):
+                rebuild_index(broken.repository, broken.key)
+            calm = _copied(broken)
+            rebuild_index(calm.repository, calm.key)
+            need_sound(World(calm, world.expected))
+
+
+def _change(site: Site) -> None:
+    change_passphrase(site.repository, PASSPHRASE, "new")
+
+
+def _remove(site: Site) -> None:
+    add_passphrase(site.repository, site.key, "another")
+    remove_passphrase(site.repository, PASSPHRASE)
+
+
+def _escrow(site: Site) -> None:
+    add_recipient(site.repository, site.key, "escrow")
+    accept_recipients(site.repository, site.keys)
+
+
+def _revoke(site: Site) -> None:
+    _escrow(site)
+    other = unlock_with_passphrase(site.repository, "escrow")
+    remove_recipient(site.repository, site.key, other.id)
+
+
+@pytest.mark.parametrize("work", [_change, _remove, _escrow, _revoke])
+def test_keys(world: World, work: object) -> None:
+    """Whatever is cut off: some passphrase opens the repository, the kit does, and everything restores."""
+    assert callable(work)
+    total = _operations(_copied(world.site), work)
+    for mode in MODES:
+        for at in range(1, total + 1):
+            site = _faulty(world.site, at, mode)
+            with suppress(RemetalError):
+                work(site)
+            calm = _copied(site)
+            opened = 0
+            for passphrase in (PASSPHRASE, "new", "another"):
+                with suppress(RefusedError):
+                    opened += unlock_with_passphrase(calm.repository, passphrase).id == calm.key.id
+            assert opened, (mode, at)
+            assert check_repository(calm.repository, keys=calm.key).problems == [], (mode, at)
+            need_restores(calm, world.expected)
+
+
+def need_restores(site: Site, expected: dict[str, bytes]) -> None:
+    found = {each.id: restore(site, each) for each in open_catalog(site.repository, site.key).snapshots()}
+    assert found == expected
+
+
+def test_init_and_enroll() -> None:
+    """Either there is no repository, and init makes one, or it is whole; a machine that was not enrolled can be."""
+    store = FaultyStore()
+    _begin(store)
+    total = store.count
+    for mode in MODES:
+        for at in range(1, total + 1):
+            broken = FaultyStore(at=at, mode=mode)
+            with suppress(RemetalError):
+                _begin(broken)
+            calm = MemoryStore(dict(broken.objects))
+            try:
+                repository = open_repository(calm)
+                key = unlock_with_passphrase(repository, PASSPHRASE)
+            except RefusedError:
+                repository, kit = init_repository(calm, passphrase=PASSPHRASE, chunk_size=CHUNK)
+                key = unlock_with_kit(repository, kit.text())
+            assert check_repository(repository, keys=key).problems == [], (mode, at)
+            assert sum(each.kind == "recipient" for each in list_keys(repository)) == 1
+            site = Site(calm, repository, enroll_machine(repository, "late"), key)
+            assert restore(site, backup(site, _ONE, workers=1)) == _ONE
+
+
+def _begin(store: MemoryStore) -> None:
+    repository, _ = init_repository(store, passphrase=PASSPHRASE, chunk_size=CHUNK)
+    enroll_machine(repository, "web")
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_copy(world: World, side: str) -> None:
+    """A copy that is cut off at either side goes on, and shows whole snapshots only."""
+    target = FaultyStore()
+    source = _faulty(world.site, 0, "before")
+    copy_repository(source.store, target)
+    assert isinstance(source.store, FaultyStore)
+    total = (source.store if side == "source" else target).count
+    for mode in MODES:
+        for at in range(1, total + 1):
+            source = _faulty(world.site, at if side == "source" else 0, mode)
+            target = FaultyStore(at=at if side == "target" else 0, mode=mode)
+            with suppress(RemetalError):
+                copy_repository(source.store, target)
+            calm = MemoryStore(dict(target.objects))
+            if "config" in calm.objects and mode != "lost":
+                need_restores(_over(world.site, calm), world.expected)
+            copy_repository(world.site.store, calm)
+            need_restores(_over(world.site, calm), world.expected)
+            assert calm.objects == world.site.store.objects, (mode, at)
+
+
+def _over(site: Site, store: MemoryStore) -> Site:
+    return Site(store, open_repository(store), site.keys, site.key)
+
+
+def _copied(site: Site) -> Site:
+    return Site(MemoryStore(dict(site.store.objects)), site.repository, site.keys, site.key).copy()
+
+
+def _faulty(site: Site, at: int, mode: str) -> Site:
+    store = FaultyStore(dict(site.store.objects), mode=mode)
+    repository = open_repository(store)
+    store.count, store.at = 0, at
+    copied = _copied(site)
+    return Site(store, repository, copied.keys, site.key)
+
+
+def _operations(site: Site, work: object) -> int:
+    assert callable(work)
+    counting = _faulty(site, 0, "before")
+    work(counting)
+    assert isinstance(counting.store, FaultyStore)
+    return counting.store.count
