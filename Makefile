@@ -7,7 +7,7 @@ FIRMWARE ?= bios
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help setup demo test test-storage matrix lint bench docs lock clean
+.PHONY: help setup demo test test-storage test-faults matrix lint bench docs lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -36,10 +36,13 @@ lint: setup ## ruff, mypy strict, import contracts
 	@$(BIN)/lint-imports
 
 test: lint ## lint and every test ring, a full BIOS and a full UEFI recovery included
-	@$(SUDO) $(BIN)/pytest -m "not matrix"
+	@$(SUDO) $(BIN)/pytest -m "not matrix and not faults"
 
 test-storage: setup ## every storage stack on every target (an hour); writes docs/reference/storage.md
 	@$(SUDO) $(BIN)/python -m lab.stacks
+
+test-faults: setup ## the fault campaigns in full (a quarter of an hour), with a table of cases and losses
+	@$(SUDO) $(BIN)/pytest -rP tests/faults
 
 matrix: setup ## the combinations that make test leaves out, but for those of test-storage
 	@$(SUDO) $(BIN)/pytest -m matrix --deselect tests/storage/test_stacks.py::test_stack

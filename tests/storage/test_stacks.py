@@ -19,7 +19,7 @@ from lab.stacks.arrays import Array
 from lab.stacks.catalog import STACKS
 from lab.stacks.findings import Findings, compare_findings
 from lab.stacks.model import Disk, Stack, Variant
-from lab.stacks.page import all_cases, quick_cases
+from lab.stacks.page import PAGE, all_cases, quick_cases
 from lab.stacks.run import BACKUP, Case, CaseFailedError, Result, build_stack, reopen_stack, started_cases
 from lab.stacks.tables import Table
 
@@ -66,6 +66,14 @@ def test_damage_fails_with_its_place(tmp_path: Path) -> None:
         CaseFailedError, match=r"reopen, phase 'check': `e2fsck -fn /dev/ubda` ended with 8:\next2fs_open2: "
     ):
         reopen_stack(stack, folder)
+
+
+def test_page_is_of_these_stacks_and_tells_of_no_failure() -> None:
+    page = PAGE.read_text()
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    shown = {row[0].strip("| `"): row[1].replace("\\|", "|") for row in rows if len(row) == 7}
+    assert shown == {stack.name: stack.about for stack in STACKS.values()}
+    assert "**failed**" not in page
 
 
 def _found(**sizes: int) -> Findings:

@@ -109,7 +109,7 @@ def read_indexed(catalog_key: bytes, machine: str) -> set[bytes]:
         (packs,) = struct.unpack("<I", body[:4])
         position = 4 + 48 * packs
         for name, size, _, count in struct.iter_unpack("<32sQII", body[4:position]):
-            assert len(_OBJECTS[f"packs/{name[:1].hex()}/{name.hex()}"]) == size
+            assert len(_OBJECTS[f"packs/{machine}/{name[:1].hex()}/{name.hex()}"]) == size
             found |= {body[at : at + 32] for at in range(position, position + 40 * count, 40)}
             position += 40 * count
         assert position == len(body)

@@ -26,7 +26,7 @@ from remetal.repository.catalog import (
     read_entry,
     read_vouched,
 )
-from remetal.repository.chunks import image_runs, load_table, read_contents
+from remetal.repository.chunks import find_packs, image_runs, load_table, read_contents
 from remetal.repository.config import decode_config
 from remetal.repository.history import LEDGER, Envelope, check_chain, is_gone, sequence_of
 from remetal.repository.indexes import PACKS_PER_INDEX, put_index
@@ -57,7 +57,7 @@ _ID = "[0-9a-f]{32}"
 _HASH = "[0-9a-f]{64}"
 _OURS = re.compile(
     rf"config|keys/(recipients|revoked|slots|machines)/{_ID}\.{_HASH}|keys/secrets/{_ID}\.{_ID}\.{_HASH}"
-    rf"|packs/([0-9a-f]{{2}})/\2[0-9a-f]{{62}}|(index|maps)/{_ID}/{_HASH}|(history|locks)/{_ID}/[0-9a-f]{{16}}"
+    rf"|packs/{_ID}/([0-9a-f]{{2}})/\2[0-9a-f]{{62}}|(index|maps)/{_ID}/{_HASH}|(history|locks)/{_ID}/[0-9a-f]{{16}}"
 )
 
 
@@ -107,11 +107,10 @@ def check_repository(
     result.add(*catalog.problems)
     result.snapshots = len(catalog.snapshots())
     report(Step("Looking for every snapshot's chunks"))
-    sizes = {each.name: each.size for each in repository.store.entries(PACKS)}
     for access in catalog.machines.values():
-        _check_chunks(catalog, access, sizes, result)
+        _check_chunks(catalog, access, result, report)
     if isinstance(keys, RecipientKey):
-        _note_orphans(catalog, sizes, report)
+        _note_orphans(catalog, report)
         if read_data:
             report(Step("Decoding every chunk"))
             for access in catalog.machines.values():
@@ -138,7 +137,7 @@ def rebuild_index(repository: Repository, key: RecipientKey, *, report: Report =
         except DamagedError as error:
             report(Note(error.message))
             continue
-        if machine_id not in catalog.machines:
+        if machine_id not in catalog.machines or entry.name != pack_name(machine_id, identity):
             report(Note(f"the pack {entry.name} belongs to no machine that this key knows"))
             continue
         found.setdefault(machine_id, []).append(contents)
@@ -242,58 +241,64 @@ def _check_owners(store: Store, machines: list[MachineRecord], result: CheckResu
     result.add(*(f"the machine of {HISTORY}{each}/ has no record" for each in sorted(owners - known)))
 
 
-def _check_chunks(catalog: Catalog, access: MachineAccess, sizes: dict[str, int], result: CheckResult) -> None:
+def _check_chunks(catalog: Catalog, access: MachineAccess, result: CheckResult, report: Report) -> None:
     damage: list[DamagedError] = []
-    table = load_table(catalog.repository, access.domain, catalog.ledgers[access.machine.id].newest, damage)
+    ledger = catalog.ledgers[access.machine.id].newest
+    table = load_table(catalog.repository, access.domain, ledger, damage)
     result.add(*(error.message for error in damage))
-    lost: set[int] = set()
-    for number, (identity, size) in enumerate(table.packs):
-        name = pack_name(identity)
-        if sizes.get(name) != size:
-            lost.add(number)
-            what = f"it has {sizes[name]} bytes instead of {size}" if name in sizes else "it is missing"
-            result.add(damaged(name, what).message)
+    present = find_packs(catalog.repository, access.machine.id) if table.absent else {}
+    absent = [
+        damaged(
+            pack_name(access.machine.id, identity),
+            f"it has {present[identity]} bytes instead of {size}" if identity in present else "it is missing",
+        ).message
+        for identity, size in table.absent
+    ]
     checked: set[bytes] = set()
+    lacking = 0
     for snapshot in catalog.snapshots():
         if snapshot.machine_id == access.machine.id:
-            _check_snapshot(catalog, snapshot, table, lost, checked, result)
+            lacking += _check_snapshot(catalog, snapshot, table, checked, result)
+    if lacking:
+        result.add(*absent)
+    elif absent:
+        report(Note(f"{len(absent)} packs of {access.machine.name} are missing that no snapshot needs, harmless"))
 
 
 def _check_snapshot(
-    catalog: Catalog,
-    snapshot: Snapshot,
-    table: ChunkTable,
-    lost: set[int],
-    checked: set[bytes],
-    result: CheckResult,
-) -> None:
-    """Look up all chunks of a snapshot; images whose map was found whole before are passed over."""
+    catalog: Catalog, snapshot: Snapshot, table: ChunkTable, checked: set[bytes], result: CheckResult
+) -> int:
+    """Look up all chunks of a snapshot, and return how many are not there.
+
+    Images whose map was found whole before are passed over.
+    """
+    lacking = 0
     for image in snapshot.images:
         identity = bytes.fromhex(image.digest)
         if identity in checked:
             continue
         what = f"snapshot {snapshot.id[:12]} of '{snapshot.machine}', image of {image.volume}"
-        unknown = missing = 0
+        unknown = 0
         try:
             for run in image_runs(catalog.repository, catalog.machines[snapshot.machine_id].domain, image):
-                numbers = table.packs_of([each for each in run.ids if each != ZERO_ID])
-                unknown += numbers.count(-1)
-                missing += sum(number in lost for number in numbers)
+                unknown += table.packs_of([each for each in run.ids if each != ZERO_ID]).count(-1)
         except DamagedError as error:
             result.add(f"{what}: {error.message}")
             continue
         if unknown:
-            result.add(f"{what}: {unknown} chunks are in no index object of machine {snapshot.machine_id}")
-        if missing:
-            result.add(f"{what}: {missing} chunks lie in packs that are missing or cut short")
-        if not unknown and not missing:
+            where = "in no pack that is there" if table.absent else "in no index object"
+            result.add(f"{what}: {unknown} chunks are {where} of machine {snapshot.machine_id}")
+        else:
             checked.add(identity)
+        lacking += unknown
+    return lacking
 
 
-def _note_orphans(catalog: Catalog, sizes: dict[str, int], report: Report) -> None:
-    orphans = sizes.keys() - {pack_name(identity) for identity in _known_packs(catalog)}
+def _note_orphans(catalog: Catalog, report: Report) -> None:
+    known = _known_packs(catalog)
+    orphans = sum(hash_in_name(entry.name) not in known for entry in catalog.repository.store.entries(PACKS))
     if orphans:
-        report(Note(f"{len(orphans)} packs are in no index: left by an interrupted backup, harmless"))
+        report(Note(f"{orphans} packs are in no index: left by an interrupted backup, harmless"))
 
 
 def _check_data(
@@ -331,7 +336,7 @@ def _all_packs(catalog: Catalog, access: MachineAccess) -> Iterator[Contents]:
 
 
 def _check_pack(repository: Repository, key: RecipientKey, access: MachineAccess, pack: Contents) -> list[str]:
-    name = pack_name(pack.identity)
+    name = pack_name(access.machine.id, pack.identity)
     problems: list[str] = []
     codec = Codec(access.domain.id_key)
     try:

@@ -9,6 +9,7 @@ from remetal.repository.indexes import index_folder, read_index
 from remetal.repository.ledgers import Ledger
 from remetal.repository.machines import Domain
 from remetal.repository.maps import Run, read_pages
+from remetal.repository.objects import hash_in_name, pack_folder
 from remetal.repository.packs import Contents
 from remetal.repository.repository import Repository
 from remetal.repository.snapshots import ImageRecord
@@ -52,9 +53,22 @@ def read_contents(
 def load_table(
     repository: Repository, domain: Domain, ledger: Ledger | None, problems: list[DamagedError] | None = None
 ) -> ChunkTable:
-    """Return all chunks that a machine's index objects know and that may be relied on; see `read_contents`."""
+    """Return all chunks that a machine's index objects know, whose packs are there, and that may be relied on.
+
+    See `read_contents`; the table says which packs are not there.
+    """
     table = ChunkTable()
+    present = find_packs(repository, domain.machine_id)
     for _, packs in read_contents(repository, domain, ledger, problems):
         for pack in packs:
-            table.add(pack)
+            if present.get(pack.identity) == pack.size:
+                table.add(pack)
+            else:
+                table.absent.append((pack.identity, pack.size))
     return table
+
+
+def find_packs(repository: Repository, machine_id: str) -> dict[bytes, int]:
+    """Return the sizes of the packs of a machine that are there, by their hashes."""
+    found = ((hash_in_name(e.name), e.size) for e in repository.store.entries(pack_folder(machine_id)))
+    return {identity: size for identity, size in found if identity is not None}

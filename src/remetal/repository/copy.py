@@ -218,7 +218,7 @@ def _delete_gone(repository: Repository, target: Store, machines: Iterable[Machi
             continue
         doomed = ledgers.newest.body.doomed
         names += [name for name in entries if is_gone(sequence_of(name), ledgers.gone)]
-        names += [*doomed.names, *map(pack_name, split_packs(doomed.packs))]
+        names += [*doomed.names, *(pack_name(machine.id, each) for each in split_packs(doomed.packs))]
     kept = {entry.name for entry in repository.store.entries(SLOTS)}
     if kept:
         names += [entry.name for entry in target.entries(SLOTS) if entry.name not in kept]

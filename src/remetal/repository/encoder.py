@@ -84,10 +84,10 @@ class Uploads:
     def store(self, pack: Pack) -> None:
         """Hand a pack over; waits while too many are under way. Raises what an earlier pack ran into."""
         self._room.acquire()
+        future = self._pool.submit(self._store, pack)
         with self._guard:
             done = [each for each in self._futures if each.done()]
-            self._futures = [each for each in self._futures if not each.done()]
-            self._futures.append(self._pool.submit(self._store, pack))
+            self._futures = [*(each for each in self._futures if not each.done()), future]
         for each in done:
             each.result()
 
@@ -105,7 +105,7 @@ class Uploads:
 
     def _store(self, pack: Pack) -> None:
         try:
-            put_once(self._repository.store, pack_name(pack.contents.identity), pack.pieces)
+            put_once(self._repository.store, pack_name(self._keys.machine_id, pack.contents.identity), pack.pieces)
             with self._guard:
                 self._table.add(pack.contents)
                 self._new.add(pack.contents.identity)

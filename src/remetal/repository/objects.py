@@ -61,9 +61,14 @@ def hash_in_name(name: str) -> bytes | None:
     return bytes.fromhex(match[1]) if match else None
 
 
-def pack_name(identity: bytes) -> str:
-    """Return the name of the pack with this hash: packs are spread over 256 folders."""
-    return f"{PACKS}{identity[:1].hex()}/{identity.hex()}"
+def pack_folder(machine_id: str) -> str:
+    """Return the prefix of a machine's packs."""
+    return f"{PACKS}{machine_id}/"
+
+
+def pack_name(machine_id: str, identity: bytes) -> str:
+    """Return the name of a machine's pack with this hash: packs are spread over 256 folders."""
+    return f"{pack_folder(machine_id)}{identity[:1].hex()}/{identity.hex()}"
 
 
 def put_named(store: Store, prefix: str, *pieces: bytes) -> str:

@@ -9,15 +9,15 @@ finish. Packs that are needed in part are written anew, smaller, if enough can b
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from blake3 import blake3
 
-from remetal.errors import DamagedError
+from remetal.errors import DamagedError, UnavailableError
 from remetal.events import Note, Progress, Report, Step, Warn, silent
 from remetal.repository.catalog import History, MachineAccess, open_catalog, read_vouched
-from remetal.repository.chunks import image_runs, load_table, read_contents
+from remetal.repository.chunks import find_packs, image_runs, load_table, read_contents
 from remetal.repository.clocks import passed, witness_now
 from remetal.repository.forget import Decision, append_ledger, delete_gone, need_whole_history
 from remetal.repository.indexes import PACKS_PER_INDEX, put_index
@@ -44,7 +44,6 @@ from remetal.repository.objects import (
 )
 from remetal.repository.packs import (
     MAX_PACK,
-    PROLOGUE,
     ZSTD,
     Codec,
     Contents,
@@ -161,7 +160,7 @@ class _Prune:
         self.report = report
         self.result = PruneResult(access.machine.name)
         self.retained: list[str] = []
-        self.sizes = {entry.name: entry.size for entry in self.store.entries(PACKS)}
+        self.sizes = find_packs(repository, access.machine.id)
 
     def look(self) -> PruneResult:
         """Return what would be condemned now."""
@@ -196,8 +195,8 @@ class _Prune:
 
     def _kept_names(self, found: _Found, group: Condemned) -> Iterator[str]:
         """Yield the names of all objects that the machine's snapshots need."""
-        going = {*map(pack_name, split_packs(group.packs)), *group.names}
-        yield from (name for name in (pack_name(each) for each, _ in found.table.packs) if name not in going)
+        going = {*map(self._name, split_packs(group.packs)), *group.names}
+        yield from (name for name in (self._name(each) for each, _ in found.table.packs) if name not in going)
         for prefix in (INDEX, MAPS, HISTORY):
             for entry in self.store.entries(f"{prefix}{self.machine.id}/"):
                 if entry.name not in going:
@@ -205,6 +204,9 @@ class _Prune:
         for prefix in (RECIPIENTS, REVOKED, SLOTS, MACHINES, SECRETS):
             yield from (entry.name for entry in self.store.entries(prefix))
         yield CONFIG
+
+    def _name(self, identity: bytes) -> str:
+        return pack_name(self.machine.id, identity)
 
     def _check_lock(self) -> None:
         if self.lock is not None:
@@ -217,8 +219,9 @@ class _Prune:
         if ledger is None:
             return
         self.retained = []
-        doomed = [*ledger.body.doomed.names, *map(pack_name, split_packs(ledger.body.doomed.packs))]
-        total = sum(self.sizes.get(name, 0) for name in doomed)
+        packs = split_packs(ledger.body.doomed.packs)
+        doomed = [*ledger.body.doomed.names, *map(self._name, packs)]
+        total = sum(self.sizes.get(each, 0) for each in packs)
         for number, name in enumerate(doomed):
             if number % _DELETIONS_PER_LOOK == 0:
                 self._check_lock()
@@ -227,7 +230,7 @@ class _Prune:
             except RetainedError:
                 self.retained.append(name)
                 continue
-            self.result.deleted_bytes += self.sizes.pop(name, 0)
+            self.result.deleted_bytes += self.sizes.pop(hash_in_name(name) or b"", 0)
             self.result.deleted_objects += 1
             self.report(Progress(f"deleting from {self.machine.name}", self.result.deleted_bytes, max(total, 1)))
 
@@ -243,14 +246,13 @@ class _Prune:
             needed = {identity for (identity, _), used in zip(table.packs, table.marked_bytes(), strict=True) if used}
             rescued = needed & ledger.packs
         if lacking:
-            raise self._refuse(f"no index object knows {len(lacking)} chunks that its snapshots need")
+            absent = f"; the pack {self._name(table.absent[0][0])} is missing or cut short" if table.absent else ""
+            raise self._refuse(f"{len(lacking)} chunks that its snapshots need are in no pack that is there{absent}")
         used = {identity: int(used) for (identity, _), used in zip(table.packs, table.marked_bytes(), strict=True)}
-        for identity, size in table.packs:
-            if used[identity] and self.sizes.get(pack_name(identity)) != size:
-                raise self._refuse(f"the pack {pack_name(identity)}, which its snapshots need, is missing or cut short")
         condemned = (ledger.packs if ledger is not None else frozenset()) - rescued
-        dead = {identity for identity, live in used.items() if not live} - condemned
-        dead |= self._orphans({*used, *condemned})
+        dead = {identity for identity, live in used.items() if not live}
+        dead |= {identity for identity, _ in table.absent} | (self.sizes.keys() - used.keys())
+        dead -= condemned
         old_names = ledger.names if ledger is not None else frozenset()
         folder = map_folder(self.machine.id)
         maps = {entry.name for entry in self.store.entries(folder) if hash_in_name(entry.name)}
@@ -281,21 +283,6 @@ class _Prune:
                     lacking += table.mark([each for each in run.ids if each != ZERO_ID])
         return pages, lacking
 
-    def _orphans(self, known: Collection[bytes]) -> set[bytes]:
-        """Return the packs of this machine that no index object knows: what an interrupted backup has left."""
-        orphans: set[bytes] = set()
-        for name in self.sizes:
-            identity = hash_in_name(name)
-            if identity is None or identity in known or pack_name(identity) != name:
-                continue
-            try:
-                prologue = self.store.get(name, size=PROLOGUE.size)
-            except NotFoundError:
-                continue
-            if len(prologue) == PROLOGUE.size and PROLOGUE.unpack(prologue)[2].hex() == self.machine.id:
-                orphans.add(identity)
-        return orphans
-
     def _wasteful(self, table: ChunkTable, used: Mapping[bytes, int]) -> list[bytes]:
         """Return the packs to write anew, the most wasteful first, until little enough of the rest is of no use."""
         kept = {identity: size for identity, size in table.packs if used[identity]}
@@ -303,7 +290,7 @@ class _Prune:
         allowed = self.max_unused * sum(used.values())
         chosen: list[bytes] = []
         if self.reseal:
-            chosen = [identity for identity in kept if set(self._owners(pack_name(identity))) != self.active.keys()]
+            chosen = [identity for identity in kept if set(self._owners(self._name(identity))) != self.active.keys()]
             waste -= sum(kept.pop(identity) - used[identity] for identity in chosen)
         for identity in sorted(kept, key=lambda each: (used[each] / kept[each], each)):
             gain = kept[identity] - used[identity]
@@ -352,9 +339,9 @@ class _Prune:
         """Yield the contents of new packs that hold what is needed of the wasteful ones; they are stored by then."""
         codec = Codec(self.access.domain.id_key)
         builders: dict[tuple[str, ...], PackBuilder] = {}
-        done, total = 0, sum(self.sizes[pack_name(each)] for each in found.wasteful)
+        done, total = 0, sum(self.sizes[each] for each in found.wasteful)
         for contents in self._contents_of(set(found.wasteful)):
-            name = pack_name(contents.identity)
+            name = self._name(contents.identity)
             data = get_object(self.store, name, MAX_PACK)
             if blake3(data).digest() != contents.identity:
                 raise self._refuse(f"the pack {name} is not what was written")
@@ -389,17 +376,17 @@ class _Prune:
                     yield each
 
     def _store(self, pack: Pack) -> Contents:
-        put_once(self.store, pack_name(pack.contents.identity), pack.pieces)
+        put_once(self.store, self._name(pack.contents.identity), pack.pieces)
         self.result.kept_bytes += pack.contents.size
         return pack.contents
 
     def _decide(self, before: History, now: History, group: Condemned, found: _Found) -> Decision:
         """Return what the next ledger says. `before` is the history that the prune has looked at."""
-        if [each.id for each in before.snapshots if each.id not in {s.id for s in now.snapshots}]:
-            self.report(Note("snapshots were forgotten meanwhile; the next prune looks at them"))
-        fresh = {each.id for each in now.snapshots} - {each.id for each in before.snapshots}
-        if fresh:
-            raise self._refuse("a backup was made while the prune looked at the snapshots; run the prune again")
+        if {each.id for each in now.snapshots} - {each.id for each in before.snapshots} or _said(now) != _said(before):
+            raise UnavailableError(
+                f"machine '{self.machine.name}' was backed up or pruned while this prune looked at its snapshots",
+                hint="Nothing is lost; run the prune again.",
+            )
         moment, ledger = witness_now(), now.ledgers.newest
         aged: list[Condemned] = []
         if ledger is not None:
@@ -424,8 +411,14 @@ class _Prune:
     def _account(self, found: _Found, group: Condemned) -> None:
         going = set(split_packs(group.packs))
         self.result.kept_bytes += sum(size for identity, size in found.table.packs if identity not in going)
-        self.result.condemned_bytes = sum(self.sizes.get(pack_name(each), 0) for each in going)
+        self.result.condemned_bytes = sum(self.sizes.get(each, 0) for each in going)
         self.result.condemned_objects = len(going) + len(group.names)
+
+
+def _said(history: History) -> tuple[frozenset[bytes], frozenset[str]]:
+    """Return what the newest ledger says that nobody may rely on."""
+    ledger = history.ledgers.newest
+    return (ledger.packs, ledger.names) if ledger is not None else (frozenset(), frozenset())
 
 
 def _without(group: Condemned, found: _Found, age: float) -> Condemned:

@@ -13,7 +13,7 @@ from remetal.repository.chunks import image_runs, load_table
 from remetal.repository.cipher import chunk_id
 from remetal.repository.machines import Domain, open_secrets, read_machines
 from remetal.repository.maps import ZERO_ID, Run
-from remetal.repository.objects import HELP, PACKS, damaged, pack_name
+from remetal.repository.objects import HELP, damaged, pack_folder, pack_name
 from remetal.repository.packs import ZSTD, Codec, NotSealedError, PackOpener, head_size, open_pack
 from remetal.repository.recipients import RecipientKey
 from remetal.repository.repository import Repository
@@ -65,7 +65,7 @@ class Reader:
         """
         place = self._table.find(identity)
         if place is None:
-            raise DamagedError(f"no index object knows the chunk {identity.hex()}", hint=HELP)
+            raise self._lost(identity, "somebody asked for")
         pack = self._open_pack(place.pack)
         size = place.word & (ZSTD - 1)
         try:
@@ -89,13 +89,11 @@ class Reader:
                 ids = [each for each in run.ids if each != ZERO_ID]
                 numbers = self._table.packs_of(ids)
                 if -1 in numbers:
-                    lost = ids[numbers.index(-1)].hex()
-                    raise DamagedError(
-                        f"the image of {image.volume} needs the chunk {lost}, which no index object knows", hint=HELP
-                    )
+                    raise self._lost(ids[numbers.index(-1)], f"the image of {image.volume} needs")
                 needed.update(numbers)
-        missing = {pack_name(self._table.packs[each][0]): self._table.packs[each][1] for each in needed}
-        for entry in self._repository.store.entries(PACKS):
+        owner = self._domain.machine_id
+        missing = {pack_name(owner, self._table.packs[each][0]): self._table.packs[each][1] for each in needed}
+        for entry in self._repository.store.entries(pack_folder(owner)):
             size = missing.pop(entry.name, None)
             if size is not None and size != entry.size:
                 raise damaged(entry.name, f"it has {entry.size} bytes instead of {size}")
@@ -103,6 +101,13 @@ class Reader:
             raise damaged(name, "it is missing")
         if self._key.id != self._repository.config.id:
             self._verify_sealed(needed)
+
+    def _lost(self, identity: bytes, who: str) -> DamagedError:
+        absent = [pack_name(self._domain.machine_id, pack) for pack, _ in self._table.absent]
+        why = f"; the pack {absent[0]} is missing or cut short" if absent else ""
+        more = f", and {len(absent) - 1} more" if len(absent) > 1 else ""
+        what = "which no index object knows" if not absent else "which is in no pack that is there"
+        return DamagedError(f"{who} the chunk {identity.hex()}, {what}{why}{more}", hint=HELP)
 
     def _verify_sealed(self, packs: Iterable[int]) -> None:
         try:
@@ -121,7 +126,7 @@ class Reader:
             if pack is not None:
                 self._packs.move_to_end(number)
                 return pack
-        name = pack_name(self._table.packs[number][0])
+        name = pack_name(self._domain.machine_id, self._table.packs[number][0])
         try:
             head = self._repository.store.get(name, size=head_size())
         except NotFoundError as error:

@@ -370,6 +370,10 @@ def open_session(
         if newest.ledgers.certain:
             table = load_table(repository, keys.domain, newest.ledgers.newest, damage)
             problems += [f"{error.message}; its chunks are stored again" for error in damage]
+            if table.absent:
+                problems.append(
+                    f"{len(table.absent)} packs are missing; what this machine still has of them is stored again"
+                )
         else:
             problems.append("what was decided last about this machine cannot be read: all of its data is stored again")
         for problem in problems:

@@ -54,6 +54,8 @@ class ChunkTable:
     def __init__(self) -> None:
         self.packs: list[tuple[bytes, int]] = []
         """Name (hash) and size in bytes of every pack."""
+        self.absent: list[tuple[bytes, int]] = []
+        """The same of packs that an index object tells of, and that are not there: their chunks are not known."""
         self._numbers: set[bytes] = set()
         self._segments: list[tuple[_Keys, _Rows]] = []
         self._marks: list[npt.NDArray[np.bool_]] = []
