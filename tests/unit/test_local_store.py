@@ -6,11 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from remetal.errors import UnavailableError, UsageError
+from remetal.repository.check import check_repository
+from remetal.repository.forget import forget_snapshots
+from remetal.repository.prune import prune_machine
+from remetal.repository.repository import open_repository
 from remetal.storage import LocalStore, NotFoundError, open_store
 from remetal.storage.local import rename_new
 from remetal.system.blockdev import Span
@@ -18,6 +23,7 @@ from remetal.system.loop import attach_loop
 from remetal.system.mounts import mounted
 from remetal.system.run import run
 from remetal.units import MIB
+from tests.repositories import Site, backup, make_site, restore
 
 _HANGING_WRITER = """
 import os, sys, time
@@ -47,14 +53,14 @@ def test_what_a_killed_writer_leaves_is_not_listed_and_swept_by_the_next(tmp_pat
     assert len(list((tmp_path / ".tmp").iterdir())) == 1
     assert list(LocalStore(tmp_path).entries("")) == []
     LocalStore(tmp_path).put("config", [b"x"])
-    assert list((tmp_path / ".tmp").iterdir()) == []
+    assert [path.name for path in (tmp_path / ".tmp").iterdir()] == ["reserve"]
     assert [entry.name for entry in LocalStore(tmp_path).entries("")] == ["config"]
 
 
 def test_a_living_writer_keeps_its_temporary_file(tmp_path: Path) -> None:
     with start_writer(tmp_path) as writer:
         LocalStore(tmp_path).put("config", [b"x"])
-        assert len(list((tmp_path / ".tmp").iterdir())) == 1
+        assert len([path for path in (tmp_path / ".tmp").iterdir() if path.name != "reserve"]) == 1
         writer.kill()
 
 
@@ -63,7 +69,7 @@ def test_objects_are_private_and_leave_nothing_else(tmp_path: Path) -> None:
     assert (tmp_path / "store/packs/ab/cd").stat().st_mode & 0o777 == 0o600
     assert (tmp_path / "store/packs/ab/cd").stat().st_nlink == 1
     assert (tmp_path / "store").stat().st_mode & 0o777 == 0o700
-    assert list((tmp_path / "store/.tmp").iterdir()) == []
+    assert [path.name for path in (tmp_path / "store/.tmp").iterdir()] == ["reserve"]
 
 
 def test_foreign_files_and_links_are_passed_over(tmp_path: Path) -> None:
@@ -112,9 +118,39 @@ def test_a_full_disk_leaves_whole_objects_and_says_what_is_free(small_disk: Path
         assert stored
         assert "free there" in caught.value.hint
         assert [(entry.name, entry.size) for entry in store.entries("")] == [(name, MIB // 2) for name in stored]
-        assert list((folder / ".tmp").iterdir()) == []
+        assert [path.name for path in (folder / ".tmp").iterdir()] == ["reserve"]
         store.delete(stored.pop())
         store.put("packs/ff", [b"there is room again"])
+
+
+def test_a_full_disk_can_be_pruned(small_disk: Path) -> None:
+    """Not a byte is free: what is held in reserve is enough for the lock and for what the prune writes."""
+    with attach_loop(Span(small_disk, 0, 8 * MIB), writable=True) as device, mounted(device) as folder:
+        memory = make_site()
+        store = LocalStore(folder / "repo")
+        for name, content in memory.store.objects.items():
+            store.put(name, [content])
+        site = Site(store, open_repository(store), memory.keys, memory.key)  # type: ignore[arg-type]
+        old, new = os.urandom(2 * MIB), os.urandom(MIB)
+        first, second = backup(site, old), backup(site, new)
+        with suppress(OSError), (folder / "ballast").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        with suppress(OSError):
+            for number in range(10_000):
+                (folder / f"{number}").write_bytes(b"x")
+        assert os.statvfs(folder).f_bavail == 0
+        with pytest.raises(UnavailableError, match="No space left"):
+            prune_machine(site.repository, site.key, site.keys.machine_id, grace=0)
+        urgent = Site(LocalStore(store.root, urgent=True), site.repository, site.keys, site.key)  # type: ignore[arg-type]
+        repository = open_repository(urgent.store)
+        forget_snapshots(repository, site.key, [first.id])
+        result = prune_machine(repository, site.key, site.keys.machine_id, grace=0)
+        assert result.deleted_bytes > 2 * MIB
+        assert restore(site, second) == new
+        assert check_repository(site.repository, keys=site.key, read_data=True).problems == []
+        backup(site, os.urandom(MIB))
+        assert (folder / "repo/.tmp").is_dir()
 
 
 def test_a_read_only_disk_says_so(small_disk: Path) -> None:

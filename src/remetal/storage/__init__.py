@@ -65,13 +65,16 @@ KINDS: dict[str, Callable[[str], Store]] = {
 """What opens a location, by its scheme; a new kind of store is one line here."""
 
 
-def open_store(location: str) -> Store:
+def open_store(location: str, *, urgent: bool = False) -> Store:
     """Open the store that a person named: a path, or an address such as `sftp://host/folder`.
 
-    Nothing is created or read yet. It moves no more bytes a second than REMETAL_LIMIT_RATE says, such as `10M`.
+    Nothing is created or read yet. `urgent` is whoever is about to make room there. It moves no more bytes a second
+    than REMETAL_LIMIT_RATE says, such as `10M`.
     Raises UsageError for an empty location and for a scheme that no store is registered for.
     """
     store = _open_unlimited(location)
+    if urgent and isinstance(store, LocalStore):
+        store = LocalStore(store.root, store.location, urgent=True)
     limit = os.environ.get("REMETAL_LIMIT_RATE", "")
     if not limit:
         return store

@@ -25,6 +25,8 @@ from remetal.units import format_bytes
 _TEMPORARY = ".tmp"
 _ABANDONED = 86400.0
 """Seconds after which a temporary file is dead where the file system knows no locks."""
+_RESERVE, _RESERVE_SIZE = "reserve", 1 << 20
+"""A file that takes up space for those who make room: on a full disk nothing can be deleted without writing first."""
 _MAX_PIECES = 512
 """How many pieces go into one writev(2); the kernel takes up to 1024."""
 _AT_FDCWD = -100
@@ -36,8 +38,10 @@ _NO_SUCH_CALL = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EI
 class LocalStore:
     """The store of `remetal.storage.store`, in the folder `root`; the first `put` makes the folder."""
 
-    def __init__(self, root: Path, location: str | None = None) -> None:
+    def __init__(self, root: Path, location: str | None = None, *, urgent: bool = False) -> None:
+        """Take a folder; `urgent` is whoever is about to make room there, and may use what is held in reserve."""
         self.root = root.absolute()
+        self._urgent = urgent
         self._location = location or str(root)
         self._durable: set[Path] = set()
         self._swept = False
@@ -54,17 +58,47 @@ class LocalStore:
         with self._explained(name):
             if os.path.lexists(target):
                 raise AlreadyExistsError(f"{self._location} has an object '{name}' already")
-            self._make_folder(target.parent)
             self._make_folder(self.root / _TEMPORARY)
             if not self._swept:
                 self._swept = True
                 self._sweep()
-            with self._temporary() as (path, fd):
-                _write_all(fd, data)
-                os.fsync(fd)
-                if not self._publish(path, target):
-                    raise AlreadyExistsError(f"{self._location} has an object '{name}' already")
-            _sync_folder(target.parent)
+                self._hold_reserve()
+            try:
+                self._write(name, target, data)
+            except OSError as error:
+                if error.errno not in {errno.ENOSPC, errno.EDQUOT} or not self._give_up_reserve():
+                    raise
+                self._write(name, target, data)
+
+    def _write(self, name: str, target: Path, data: Pieces) -> None:
+        self._make_folder(target.parent)
+        with self._temporary() as (path, fd):
+            _write_all(fd, data)
+            os.fsync(fd)
+            if not self._publish(path, target):
+                raise AlreadyExistsError(f"{self._location} has an object '{name}' already")
+        _sync_folder(target.parent)
+
+    def _hold_reserve(self) -> None:
+        """Take up some space for whoever will have to make room; a disk that has none left has it already, or never."""
+        if self._urgent:
+            return
+        with suppress(OSError):
+            fd = os.open(self.root / _TEMPORARY / _RESERVE, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, _RESERVE_SIZE)
+            finally:
+                os.close(fd)
+
+    def _give_up_reserve(self) -> bool:
+        """Free the space that is held in reserve, if there is any and we may; return whether there was."""
+        try:
+            if self._urgent:
+                (self.root / _TEMPORARY / _RESERVE).unlink()
+                return True
+        except OSError:
+            pass
+        return False
 
     def get(self, name: str, *, start: int = 0, size: int | None = None) -> bytes:
         """Return an object's bytes; see the contract."""
@@ -134,8 +168,12 @@ class LocalStore:
             path = self.root / _TEMPORARY / secrets.token_hex(12)
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                with suppress(OSError):  # a file system without locks: see _ABANDONED
+                try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:  # somebody takes it for a dead writer's, and is about to remove it
+                    continue
+                except OSError:
+                    pass  # a file system without locks: see _ABANDONED
                 if not path.exists():  # swept between open and lock
                     continue
                 try:
@@ -184,7 +222,7 @@ class LocalStore:
         """Remove temporary files of writers that are no more: nobody holds their lock."""
         for path in (self.root / _TEMPORARY).iterdir():
             with suppress(OSError):
-                if path.name != "lock" and _is_dead(path):
+                if path.name not in {"lock", _RESERVE} and _is_dead(path):
                     path.unlink()
 
     def _make_folder(self, folder: Path) -> None:

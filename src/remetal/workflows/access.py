@@ -32,12 +32,12 @@ class Secret:
 
 
 @contextmanager
-def opened_repository(location: str) -> Iterator[Repository]:
-    """Open the repository at `location` for the length of a block.
+def opened_repository(location: str, *, urgent: bool = False) -> Iterator[Repository]:
+    """Open the repository at `location` for the length of a block; `urgent` is whoever is about to make room there.
 
     Raises UnavailableError if it cannot be reached, RefusedError if there is none or its format is newer.
     """
-    store = open_store(location)
+    store = open_store(location, urgent=urgent)
     try:
         yield open_repository(store)
     finally:

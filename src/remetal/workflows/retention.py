@@ -65,7 +65,7 @@ def forget_by_policy(
     """
     for policy in (*policies.machines.values(), *([policies.default] if policies.default else [])):
         check_policy(policy)
-    with opened_repository(location) as repository:
+    with opened_repository(location, urgent=True) as repository:
         key = unlock(repository, secret)
         catalog = open_catalog(repository, key)
         decided: list[Decided] = []
@@ -96,7 +96,7 @@ def forget_named(
 
     Raises RefusedError, having forgotten none, if one is a machine's newest and `even_newest` is not said.
     """
-    with opened_repository(location) as repository:
+    with opened_repository(location, urgent=True) as repository:
         key = unlock(repository, secret)
         snapshots = open_catalog(repository, key).snapshots()
         chosen = {each.id: each for each in (select_snapshot(snapshots, name, machine) for name in names)}
@@ -129,7 +129,7 @@ def prune_repository(
     """
     results: list[PruneResult] = []
     worst: RemetalError | None = None
-    with opened_repository(location) as repository:
+    with opened_repository(location, urgent=True) as repository:
         key = unlock(repository, secret)
         catalog = open_catalog(repository, key)
         for machine_id in find_machines(catalog, machine):
