@@ -1,0 +1,166 @@
+"""kill -9 at random and at chosen points of real commands on real files: nothing that was acknowledged is lost."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from remetal.repository.catalog import open_catalog
+from remetal.repository.check import check_repository
+from remetal.repository.machines import MachineKeys
+from remetal.repository.prune import prune_machine
+from remetal.repository.recipients import RecipientKey
+from remetal.repository.repository import (
+    enroll_machine,
+    init_repository,
+    load_machine_keys,
+    open_repository,
+    save_machine_keys,
+    unlock_with_kit,
+)
+from remetal.storage import LocalStore
+from tests.repositories import CHUNK, Site, backup, restore
+
+_CHECKOUT = Path(__file__).parents[2]
+_COMMAND = """
+import os, signal, sys
+from pathlib import Path
+from remetal.repository import encoder, packs
+from remetal.repository.forget import forget_snapshots
+from remetal.repository.catalog import open_catalog
+from remetal.repository.prune import prune_machine
+from remetal.repository.recipients import RecipientKey
+from remetal.repository.repository import load_machine_keys, open_repository
+from remetal.repository.session import open_session
+from remetal.storage import local, open_store
+from tests.repositories import batches_of
+
+work, root, state, image, seed, point = sys.argv[1:]
+packs.PACK_SIZE = 4 << 16
+encoder.PACKS_PER_INDEX = 2
+store = open_store(root)
+repository = open_repository(store)
+keys = load_machine_keys(Path(state), repository)
+key = RecipientKey(repository.config.id, bytes.fromhex(seed))
+calls = 0
+
+def trace(frame, event, argument):
+    '''Die before the so-many-th system call that changes something.'''
+    global calls
+    name = getattr(argument, "__name__", "")
+    if event == "c_call" and name in {"fsync", "link", "unlink", "writev", "mkdir", "open", "replace"}:
+        calls += 1
+        if calls == int(point):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+print("ready", flush=True)
+if point != "0":
+    import threading
+    sys.setprofile(trace)
+    threading.setprofile(trace)
+if work == "backup":
+    data = Path(image).read_bytes()
+    with open_session(repository, keys) as session:
+        session.write_image("sda:1", len(data), batches_of(data))
+        snapshot = session.commit(layout=b"{}", hostname="h")
+    print(snapshot.id, flush=True)
+elif work == "forget":
+    forget_snapshots(repository, key, [open_catalog(repository, key).snapshots()[0].id])
+else:
+    prune_machine(repository, key, keys.machine_id, grace=0, max_unused=0)
+"""
+
+
+class Place:
+    """A repository in a folder, and what its snapshots hold."""
+
+    def __init__(self, folder: Path) -> None:
+        self.store = LocalStore(folder / "repository")
+        self.state, self.image = folder / "state", folder / "image"
+        repository, kit = init_repository(self.store, passphrase="p", chunk_size=CHUNK)
+        self.key: RecipientKey = unlock_with_kit(repository, kit.text())
+        save_machine_keys(self.state, enroll_machine(repository, "web"))
+        self.expected: dict[str, bytes] = {}
+        self.killed = self.runs = 0
+
+    def site(self) -> Site:
+        repository = open_repository(self.store)
+        keys = load_machine_keys(self.state, repository)
+        assert keys is not None
+        return Site(self.store, repository, MachineKeys(keys.stored, keys.path), self.key)  # type: ignore[arg-type]
+
+    def run(self, work: str, *, moment: float | None = None, point: int = 0) -> None:
+        """Run a command, kill it after so many seconds or before so many system calls, and look at what is left."""
+        data = os.urandom(6 * CHUNK)
+        self.image.write_bytes(data)
+        argv = [sys.executable, "-c", _COMMAND, work, str(self.store.root), str(self.state), str(self.image)]
+        argv += [self.key.seed.hex(), str(point)]
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=_CHECKOUT, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            if moment is not None:
+                time.sleep(moment)
+                process.send_signal(signal.SIGKILL)
+            said = process.stdout.read().strip()
+        self.runs += 1
+        self.killed += process.returncode == -signal.SIGKILL
+        assert process.returncode in {0, -signal.SIGKILL}
+        if said:
+            self.expected[said] = data
+        self.need_sound(work, data)
+
+    def need_sound(self, work: str, data: bytes) -> None:
+        site = self.site()
+        snapshots = open_catalog(site.repository, site.key).snapshots()
+        found = {each.id: restore(site, each) for each in snapshots}
+        lost = self.expected.keys() - found.keys()
+        assert not lost or (work == "forget" and len(lost) == 1), "an acknowledged snapshot is lost"
+        new = found.keys() - self.expected.keys()
+        assert not new or (work == "backup" and len(new) == 1 and found[next(iter(new))] == data)
+        assert all(found[identity] == self.expected[identity] for identity in self.expected.keys() & found.keys())
+        self.expected = found
+        assert check_repository(site.repository, keys=site.key, read_data=True).problems == []
+        assert check_repository(site.repository, keys=site.keys).problems == []
+
+
+def campaign(folder: Path, runs: int, seed: int) -> Place:
+    """Kill so many runs of backup, forget and prune in turn, at random moments and before chosen system calls."""
+    place = Place(folder)
+    moments = random.Random(seed)
+    works: Sequence[str] = ("backup", "backup", "prune", "backup", "forget", "prune")
+    for number in range(runs):
+        work = works[number % len(works)]
+        if work == "forget" and not place.expected:
+            work = "backup"
+        if number % 2:
+            place.run(work, moment=moments.uniform(0.0, 0.15))
+        else:
+            place.run(work, point=moments.randrange(1, 60 if work == "backup" else 30))
+    place.run("backup")
+    site = place.site()
+    prune_machine(site.repository, site.key, site.keys.machine_id, grace=0, max_unused=0)
+    backup(site, b"the last one" * 10_000, workers=1)
+    assert check_repository(site.repository, keys=site.key, read_data=True).problems == []
+    assert list(place.store.entries("locks/")) == []
+    return place
+
+
+def test_fifty_kills(tmp_path: Path) -> None:
+    place = campaign(tmp_path, 50, seed=1)
+    assert place.killed >= 30
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+def test_five_hundred_kills(tmp_path: Path) -> None:
+    place = campaign(tmp_path, 500, seed=2)
+    assert place.killed >= 300
+    print(f"{place.runs} runs of backup, forget and prune, {place.killed} of them killed with -9, 0 snapshots lost")
