@@ -19,11 +19,14 @@ from remetal.repository.repository import open_repository
 from remetal.storage import Entry, Pieces
 from tests.repositories import MemoryStore, Site, backup, restore
 
-MODES = ("before", "after", "lost", "once-before", "once-after")
+FAILURES = ("before", "after", "lost", "once-before", "once-after")
+LIES = ("empty", "stale", "truncated")
+MODES = (*FAILURES, *LIES)
 """How an operation fails.
 
 `before` and `after` it takes effect, and with it all that follow: the computer has died. `lost`: it is acknowledged and
-has no effect, and the computer dies. `once-…`: it alone fails, and the work goes on as it will.
+has no effect, and the computer dies. `once-…`: it alone fails, and the work goes on as it will. The lies are no
+failures: a listing that shows nothing, or not what was made last; a read that ends early.
 """
 
 
@@ -47,7 +50,7 @@ class FaultyStore(MemoryStore):
         if not self.at or number < self.at:
             return True
         if number > self.at:
-            if self.mode.startswith("once"):
+            if self.mode.startswith("once") or self.mode in LIES:
                 return True
             raise FaultError("the store is gone")
         if self.mode.endswith("before"):
@@ -58,6 +61,9 @@ class FaultyStore(MemoryStore):
         if self.at and self.count == self.at and self.mode.endswith("after"):
             raise FaultError("the store has done it, and says that it failed")
 
+    def _lies(self, *modes: str) -> bool:
+        return bool(self.at) and self.count == self.at and self.mode in modes
+
     def put(self, name: str, data: Pieces) -> None:
         if self._begin():
             super().put(name, data)
@@ -67,12 +73,17 @@ class FaultyStore(MemoryStore):
         self._begin()
         found = super().get(name, start=start, size=size)
         self._end()
-        return found
+        return found[: len(found) // 2] if self._lies("truncated") else found
 
     def entries(self, prefix: str) -> Iterator[Entry]:
         self._begin()
         found = list(super().entries(prefix))
         self._end()
+        if self._lies("empty"):
+            found = []
+        if self._lies("stale"):
+            newest = list(self.objects)[-len(self.objects) // 4 :]  # in the order in which they were made
+            found = [entry for entry in found if entry.name not in newest]
         yield from found
 
     def delete(self, name: str) -> None:

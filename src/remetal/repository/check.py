@@ -327,10 +327,12 @@ def _check_data(
 
 
 def _all_packs(catalog: Catalog, access: MachineAccess) -> Iterator[Contents]:
+    """Yield the packs of a machine that its index tells of and that are there; what is missing is told elsewhere."""
     seen: set[bytes] = set()
+    present = find_packs(catalog.repository, access.machine.id)
     for _, packs in read_contents(catalog.repository, access.domain, catalog.ledgers[access.machine.id].newest, []):
         for pack in packs:
-            if pack.identity not in seen:
+            if pack.identity in present and pack.identity not in seen:
                 seen.add(pack.identity)
                 yield pack
 

@@ -17,7 +17,7 @@ from remetal.errors import DamagedError, RefusedError
 from remetal.events import Progress, Report, Step, silent
 from remetal.repository.catalog import entry_names, find_ledgers, read_entry, read_vouched
 from remetal.repository.cipher import digest
-from remetal.repository.config import read_config
+from remetal.repository.config import Config, decode_config, encode_config, read_config
 from remetal.repository.history import is_gone, sequence_of
 from remetal.repository.ledgers import MAX_LEDGER, split_packs
 from remetal.repository.machines import MachineRecord, read_machines
@@ -33,7 +33,6 @@ from remetal.repository.objects import (
     SECRETS,
     SLOTS,
     damaged,
-    get_object,
     hash_in_name,
     pack_name,
     put_once,
@@ -67,7 +66,7 @@ def copy_repository(source: Store, target: Store, *, delete: bool = False, repor
     target holds another repository, DamagedError if the source's config or a machine's history is not readable.
     """
     repository = Repository(source, read_config(source))
-    fresh = _check_target(source, target)
+    fresh = _check_target(source, target, repository.config)
     result = CopyResult()
     machines = {each.id: each for each in read_machines(source, repository.config.id)[0]}
     history = [entry for entry in source.entries(HISTORY) if sequence_of(entry.name)]
@@ -78,7 +77,7 @@ def copy_repository(source: Store, target: Store, *, delete: bool = False, repor
     report(Step("Copying histories"))
     _copy_history(repository, target, machines, history, result)
     if fresh:
-        target.put(CONFIG, [get_object(source, CONFIG, MAX_LEDGER)])
+        target.put(CONFIG, [encode_config(repository.config)])
         result.objects += 1
     if delete:
         report(Step("Deleting what is gone"))
@@ -86,7 +85,7 @@ def copy_repository(source: Store, target: Store, *, delete: bool = False, repor
     return result
 
 
-def _check_target(source: Store, target: Store) -> bool:
+def _check_target(source: Store, target: Store, config: Config) -> bool:
     """Return whether the target has no config yet. Raises RefusedError if it holds another repository."""
     try:
         there = target.get(CONFIG)
@@ -97,7 +96,7 @@ def _check_target(source: Store, target: Store) -> bool:
                 f"{target.location} holds something else already", hint="Choose an empty place for the copy."
             ) from None
         return True
-    if there != source.get(CONFIG):
+    if decode_config(there) != config:
         raise RefusedError(
             f"{target.location} holds another repository than {source.location}",
             hint="A copy is the same repository in another place; choose an empty one.",

@@ -9,7 +9,7 @@ finish. Packs that are needed in part are written anew, smaller, if enough can b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from blake3 import blake3
@@ -126,7 +126,9 @@ def prune_machine(
     Raises DamagedError, having changed nothing, if anything that decides about what is needed is damaged or missing;
     UnavailableError if a backup of the machine is at work or the store fails.
     """
-    access = open_catalog(repository, key).machines[machine_id]
+    access = open_catalog(repository, key).machines.get(machine_id)
+    if access is None:
+        raise DamagedError(f"the record of machine {machine_id}, or what opens it, is missing", hint=HELP)
     if dry_run:
         return _Prune(repository, key, access, None, grace, max_unused, reseal, report).look()
     with hold_machine(repository.store, machine_id) as lock:
@@ -315,25 +317,41 @@ class _Prune:
         fresh = list(self._repack(found))
         ledger = history.ledgers.newest
         avoid = ledger.names if ledger is not None else frozenset()
-        stale: set[str] = set()
-        staying: dict[bytes, Contents] = {}
-        small: list[str] = []
+        stale: dict[str, list[Contents]] = {}
+        small: dict[str, list[Contents]] = {}
         for name, packs in read_contents(self.repository, self.access.domain, ledger):
             if any(each.identity in going for each in packs):
-                stale.add(name)
+                stale[name] = packs
             elif len(packs) < PACKS_PER_INDEX:
-                small.append(name)
+                small[name] = packs
         if len(small) > _MANY_SMALL:
-            stale.update(small)
-        for name, packs in read_contents(self.repository, self.access.domain, ledger):
-            if name in stale:
-                staying |= {each.identity: each for each in packs if each.identity not in going}
+            stale |= small
+        staying = {each.identity: each for packs in stale.values() for each in packs if each.identity not in going}
         staying |= {each.identity: each for each in self._contents_of(set(found.rescued))}
         kept = [*staying.values(), *fresh]
         for start in range(0, len(kept), PACKS_PER_INDEX):
             group = kept[start : start + PACKS_PER_INDEX]
-            put_index(self.store, self.repository.config.id, self.access.domain, group, avoid=avoid | stale)
-        return going, found.names | stale
+            put_index(self.store, self.repository.config.id, self.access.domain, group, avoid=avoid | stale.keys())
+        refused = (ledger.packs if ledger is not None else frozenset()) - found.rescued
+        self._need_all(history, going | refused, avoid | stale.keys())
+        return going, found.names | stale.keys()
+
+    def _need_all(self, history: History, going: Set[bytes], stale: Set[str]) -> None:
+        """Look once more whether the snapshots have all they need without what is about to be condemned.
+
+        Raises UnavailableError if not: then the store has shown less than it holds while this prune looked.
+        """
+        table = ChunkTable()
+        present = find_packs(self.repository, self.machine.id)
+        for name, packs in read_contents(self.repository, self.access.domain, None):
+            for each in packs if name not in stale else ():
+                if each.identity not in going and each.identity in present:
+                    table.add(each)
+        if self._mark(history, table)[1]:
+            raise UnavailableError(
+                f"{self.store.location} showed less than it holds while machine '{self.machine.name}' was pruned",
+                hint="Nothing is lost; run the prune again.",
+            )
 
     def _repack(self, found: _Found) -> Iterator[Contents]:
         """Yield the contents of new packs that hold what is needed of the wasteful ones; they are stored by then."""
