@@ -231,7 +231,7 @@ def truncate(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
-@pytest.mark.parametrize("kind", ["packs", "index", "maps", "snapshots"])
+@pytest.mark.parametrize("kind", ["packs", "index", "maps", "history"])
 def test_damage_is_found_and_never_restored(backed_up: Site, kind: str, damage: object) -> None:
     assert callable(damage)
     for path in objects(backed_up, kind):

@@ -353,12 +353,12 @@ def test_results_are_json_for_every_command_that_has_one(site: Site, disk: Path,
 
 def test_foreign_files_in_the_repository_do_no_harm(site: Site, disk: Path, tmp_path: Path) -> None:
     site.remetal("backup", "--disk", disk)
-    for folder in ("", "packs", "snapshots", "index", "keys/machines", "locks"):
+    for folder in ("", "packs", "history", "index", "keys/machines", "locks"):
         (site.repository / folder).mkdir(exist_ok=True)
         (site.repository / folder / "Thumbs.db").write_text("not ours")
         (site.repository / folder / "link").symlink_to("/etc")
         os.mkfifo(site.repository / folder / "pipe")
-    with (site.repository / "snapshots" / "huge").open("wb") as file:
+    with (site.repository / "history" / "huge").open("wb") as file:
         file.truncate(1 << 40)
     assert len(site.remetal("snapshots", "--json").json) == 1
     site.remetal("backup", "--disk", disk)

@@ -192,7 +192,7 @@ def test_a_record_that_was_changed_in_the_repository_is_found(site: Site, tmp_pa
     """Without a machine's keys nobody can change a record: the snapshot is sealed and signed."""
     disk = dos_disk(tmp_path / "d.img", (2048, 8192))
     site.remetal("backup", "--disk", disk)
-    (snapshot,) = [path for path in (site.repository / "snapshots").rglob("*") if path.is_file()]
+    (snapshot,) = [path for path in (site.repository / "history").rglob("*") if path.is_file()]
     data = snapshot.read_bytes()
     target = tmp_path / "target.img"
     target.write_bytes(os.urandom(SIZE))
