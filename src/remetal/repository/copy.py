@@ -25,12 +25,9 @@ from remetal.repository.objects import (
     CONFIG,
     HISTORY,
     INDEX,
-    MACHINES,
+    KEYS,
     MAPS,
     PACKS,
-    RECIPIENTS,
-    REVOKED,
-    SECRETS,
     SLOTS,
     damaged,
     hash_in_name,
@@ -43,7 +40,6 @@ from remetal.storage import Entry, NotFoundError, Store
 
 _AT_ONCE = 4
 """Objects under way at the same time; each may take 64 MiB."""
-_KEYS = (RECIPIENTS, REVOKED, SLOTS, MACHINES, SECRETS)
 _OWNER = re.compile(rf"{HISTORY}([0-9a-f]{{32}})/")
 
 
@@ -70,7 +66,7 @@ def copy_repository(source: Store, target: Store, *, delete: bool = False, repor
     result = CopyResult()
     machines = {each.id: each for each in read_machines(source, repository.config.id)[0]}
     history = [entry for entry in source.entries(HISTORY) if sequence_of(entry.name)]
-    for what, prefixes in (("keys", _KEYS), ("packs", (PACKS,)), ("index and maps", (INDEX, MAPS))):
+    for what, prefixes in (("keys", KEYS), ("packs", (PACKS,)), ("index and maps", (INDEX, MAPS))):
         report(Step(f"Copying {what}"))
         entries = [entry for prefix in prefixes for entry in source.entries(prefix) if hash_in_name(entry.name)]
         _copy_all(source, target, what, entries, result, report)

@@ -12,7 +12,6 @@ from remetal.repository.catalog import (
     History,
     MachineAccess,
     Recipients,
-    entry_names,
     is_void,
     open_catalog,
     read_history,
@@ -103,7 +102,7 @@ def need_whole_history(repository: Repository, access: MachineAccess, recipients
 def delete_gone(repository: Repository, access: MachineAccess) -> None:
     """Delete the objects of entries that are forgotten."""
     history = need_whole_history(repository, access, read_vouched(repository))
-    for name in entry_names(repository, access.machine.id):
+    for name in history.names:
         if is_gone(sequence_of(name), history.ledgers.gone):
             with suppress(RetainedError):  # it is not listed any more, and deleted when the store lets it go
                 repository.store.delete(name)

@@ -15,9 +15,12 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+import zstandard
+
 from remetal.repository.cipher import KEY_SIZE, SIGNATURE_SIZE, CipherError, digest, sign, verify
 from remetal.repository.machines import MachineRecord
-from remetal.repository.objects import HISTORY, Record, damaged, header
+from remetal.repository.objects import HISTORY, Record, RecordT, damaged, header
 from remetal.repository.recipients import RecipientRecord
 from remetal.storage import AlreadyExistsError, Store
 
@@ -107,6 +110,23 @@ def sign_entry(kind: str, signing_seed: bytes, clear: bytes, body: bytes) -> byt
 def split_body(data: bytes) -> tuple[bytes, bytes]:
     """Return the clear part and the body of an entry whose envelope was checked."""
     return data[:CLEAR_SIZE], data[CLEAR_SIZE:-SIGNATURE_SIZE]
+
+
+def pack_body(record: Record) -> bytes:
+    """Return a record as MessagePack in a Zstandard frame that tells its size."""
+    return zstandard.ZstdCompressor(level=3).compress(msgspec.msgpack.encode(record))
+
+
+def unpack_body(name: str, packed: bytes, kind: type[RecordT], limit: int) -> RecordT:
+    """Decompress to at most `limit` bytes and parse strictly what `pack_body` made. Raises DamagedError."""
+    try:
+        size = zstandard.get_frame_parameters(packed).content_size
+        if not 0 < size <= limit:
+            raise damaged(name, "its body is larger than anything remetal writes")
+        plain = zstandard.ZstdDecompressor().decompress(packed, max_output_size=size)
+        return msgspec.msgpack.decode(plain, type=kind)
+    except (zstandard.ZstdError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise damaged(name, str(error)) from error
 
 
 def put_entry(store: Store, name: str, data: bytes) -> None:

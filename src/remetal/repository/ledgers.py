@@ -10,9 +10,6 @@ import re
 from functools import cached_property
 from typing import NamedTuple
 
-import msgspec
-import zstandard
-
 from remetal.repository.clocks import Witness
 from remetal.repository.history import (
     LEDGER,
@@ -21,9 +18,11 @@ from remetal.repository.history import (
     Gone,
     encode_clear,
     entry_name,
+    pack_body,
     put_entry,
     sign_entry,
     split_body,
+    unpack_body,
 )
 from remetal.repository.objects import INDEX, MAPS, Record, damaged
 from remetal.repository.recipients import RecipientKey
@@ -102,7 +101,7 @@ def encode_ledger(
     body: LedgerBody, machine_id: str, key: RecipientKey, sequence: int, previous: str, ledger: int
 ) -> bytes:
     """Return the bytes of a ledger's object."""
-    packed = zstandard.ZstdCompressor(level=3).compress(msgspec.msgpack.encode(body))
+    packed = pack_body(body)
     clear = encode_clear(
         LEDGER,
         key.repository_id,
@@ -124,14 +123,7 @@ def put_ledger(store: Store, machine_id: str, sequence: int, data: bytes) -> Non
 def open_ledger(envelope: Envelope, data: bytes) -> Ledger:
     """Parse the body of a ledger whose envelope was checked, strictly. Raises DamagedError."""
     name, packed = envelope.name, split_body(data)[1]
-    try:
-        size = zstandard.get_frame_parameters(packed).content_size
-        if not 0 < size <= MAX_BODY:
-            raise damaged(name, "its body is larger than anything remetal writes")
-        plain = zstandard.ZstdDecompressor().decompress(packed, max_output_size=size)
-        body = msgspec.msgpack.decode(plain, type=LedgerBody)
-    except (zstandard.ZstdError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise damaged(name, str(error)) from error
+    body = unpack_body(name, packed, LedgerBody, MAX_BODY)
     _check_gone(name, body.gone, envelope.sequence)
     for group in (*body.condemned, body.doomed):
         if len(group.packs) % _HASH or not group.age >= 0 or not 0 <= group.since <= envelope.sequence:

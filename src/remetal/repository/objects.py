@@ -22,6 +22,7 @@ REVOKED = "keys/revoked/"
 SLOTS = "keys/slots/"
 MACHINES = "keys/machines/"
 SECRETS = "keys/secrets/"
+KEYS = (RECIPIENTS, REVOKED, SLOTS, MACHINES, SECRETS)
 PACKS = "packs/"
 INDEX = "index/"
 MAPS = "maps/"

@@ -29,13 +29,9 @@ from remetal.repository.objects import (
     HELP,
     HISTORY,
     INDEX,
-    MACHINES,
+    KEYS,
     MAPS,
     PACKS,
-    RECIPIENTS,
-    REVOKED,
-    SECRETS,
-    SLOTS,
     damaged,
     get_object,
     hash_in_name,
@@ -203,7 +199,7 @@ class _Prune:
             for entry in self.store.entries(f"{prefix}{self.machine.id}/"):
                 if entry.name not in going:
                     yield entry.name
-        for prefix in (RECIPIENTS, REVOKED, SLOTS, MACHINES, SECRETS):
+        for prefix in KEYS:
             yield from (entry.name for entry in self.store.entries(prefix))
         yield CONFIG
 

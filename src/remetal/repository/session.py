@@ -262,10 +262,11 @@ class Session:
             name = entry_name(machine.id, sequence)
             envelope, data = read_entry(repository, name, machine, read_vouched(repository))
             ledger = open_ledger(envelope, data) if envelope.kind == LEDGER else None
-        except DamagedError as error:
-            self._report(Warn(error.message, error.hint))
-            self._follows = Head(sequence=sequence, id=self._follows.id)
-            return
+        except DamagedError as error:  # it may be a ledger that takes away what this backup needs
+            raise UnavailableError(
+                f"what was added to this machine's history meanwhile cannot be read: {error.message}",
+                hint="Nothing is lost; run the backup again: it will rely on nothing that may be gone.",
+            ) from error
         if ledger is None:
             raise UnavailableError(
                 "another backup of this machine was made while this one was at work",

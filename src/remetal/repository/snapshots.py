@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import msgspec
-import zstandard
-
 from remetal.repository.cipher import SIV_SIZE, CipherError, open_record, seal_record
 from remetal.repository.config import MAX_CHUNK, MIN_CHUNK
-from remetal.repository.history import SNAPSHOT, Envelope, encode_clear, sign_entry, split_body
+from remetal.repository.history import SNAPSHOT, Envelope, encode_clear, pack_body, sign_entry, split_body, unpack_body
 from remetal.repository.machines import Domain, MachineRecord
 from remetal.repository.maps import ID_SIZE, map_digest, page_count
 from remetal.repository.objects import Record, damaged
@@ -79,7 +76,7 @@ def encode_snapshot(
     ledger: int,
 ) -> bytes:
     """Return the bytes of a snapshot's object."""
-    packed = zstandard.ZstdCompressor(level=3).compress(msgspec.msgpack.encode(body))
+    packed = pack_body(body)
     clear = encode_clear(
         SNAPSHOT,
         repository_id,
@@ -117,14 +114,7 @@ def open_snapshot(envelope: Envelope, data: bytes, machine: MachineRecord, domai
 
 def decode_body(name: str, packed: bytes) -> Body:
     """Decompress and parse a snapshot's body strictly. Raises DamagedError."""
-    try:
-        size = zstandard.get_frame_parameters(packed).content_size
-        if not 0 < size <= MAX_BODY:
-            raise damaged(name, "its body is larger than anything remetal writes")
-        plain = zstandard.ZstdDecompressor().decompress(packed, max_output_size=size)
-        body = msgspec.msgpack.decode(plain, type=Body)
-    except (zstandard.ZstdError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise damaged(name, str(error)) from error
+    body = unpack_body(name, packed, Body, MAX_BODY)
     if len(body.images) > MAX_IMAGES or len({image.volume for image in body.images}) != len(body.images):
         raise damaged(name, "its images are impossible")
     for image in body.images:
