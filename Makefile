@@ -4,10 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 FIRMWARE ?= bios
+WORKERS ?= 2
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help setup demo test test-storage test-faults matrix lint bench docs lock clean
+.PHONY: help setup demo test test-storage test-faults test-live fuzz matrix lint bench docs lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -35,14 +36,21 @@ lint: setup ## ruff, mypy strict, import contracts
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-test: lint ## lint and every test ring, a full BIOS and a full UEFI recovery included
-	@$(SUDO) $(BIN)/pytest -m "not matrix and not faults"
+test: lint ## lint and every test ring, a full BIOS and a full UEFI recovery included, WORKERS (2) at once
+	@$(SUDO) $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not matrix and not faults"
 
 test-storage: setup ## every storage stack on every target (an hour); writes docs/reference/storage.md
 	@$(SUDO) $(BIN)/python -m lab.stacks
 
-test-faults: setup ## the fault campaigns in full (a quarter of an hour), with a table of cases and losses
-	@$(SUDO) $(BIN)/pytest -rP tests/faults
+test-faults: setup ## the fault campaigns in full (an hour), WORKERS at once, ending with a table of cases and losses
+	@$(SUDO) $(BIN)/pytest -n $(WORKERS) --maxschedchunk 1 tests/faults
+
+test-live: setup ## databases at work on every storage, backed up, lost and restored (two hours); writes docs/reference/live.md
+	@$(SUDO) $(BIN)/python -m lab.live
+
+fuzz: setup ## property tests with new examples; atheris on parsers of foreign bytes, FUZZ_SECONDS each, or only on FUZZ
+	@$(SUDO) $(BIN)/pytest -q -n $(WORKERS) --hypothesis-profile search tests/property
+	@$(BIN)/python -m tests.fuzz.run --seconds $(or $(FUZZ_SECONDS),60) $(FUZZ)
 
 matrix: setup ## the combinations that make test leaves out, but for those of test-storage
 	@$(SUDO) $(BIN)/pytest -m matrix --deselect tests/storage/test_stacks.py::test_stack

@@ -18,6 +18,16 @@ from remetal.system.run import run
 _OPTIONS = {"ext4": ("ro", "noload"), "xfs": ("ro", "norecovery", "nouuid")}
 
 
+@contextmanager
+def fresh_disk(path: Path, size: int, kind: str = "ext4") -> Iterator[Path]:
+    """Make a disk file of `size` bytes with a file system on all of it, and yield a device that shows it."""
+    with path.open("wb") as file:
+        file.truncate(size)
+    run([f"mkfs.{kind}", "-q", path])
+    with attach_loop(Span(path, 0, size), writable=True) as device:
+        yield device
+
+
 def read_partitions(disk: Path) -> dict[int, Span]:
     """Return where the disk file's partitions lie, by number, as sfdisk sees them; extended ones included."""
     table = json.loads(run(["sfdisk", "--json", disk]).stdout)["partitiontable"]

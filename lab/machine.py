@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,7 @@ from lab.awkward import make_awkward
 from lab.cache import cached
 from lab.disk import read_partitions
 from lab.proof import install_proof
-from lab.root import build_root, root_inputs
+from lab.root import Root, build_root, root_inputs
 from lab.uml import disk_device, run_in_uml
 from remetal.events import Report, Step
 from remetal.system.blockdev import Span
@@ -41,13 +41,14 @@ class Recipe:
 
     `table` is `gpt` (boots by BIOS and UEFI) or `mbr` (boots by BIOS; the data volume and swap are logical
     partitions). `size` is in bytes. With `fallback` off, the ESP lacks EFI/BOOT/BOOTX64.EFI, so that UEFI boots
-    only by an entry in its NVRAM.
+    only by an entry in its NVRAM. `root` is what is installed.
     """
 
     name: str = "phoenix"
     table: Literal["gpt", "mbr"] = "gpt"
     size: int = 3 * GIB
     fallback: bool = True
+    root: Root = field(default_factory=Root)
 
     def identity(self, part: str) -> str:
         """Return the UUID of one part of the machine."""
@@ -103,7 +104,7 @@ def build_machine(recipe: Recipe, report: Report) -> Path:
     """
 
     def build(path: Path) -> None:
-        root = build_root(report)
+        root = build_root(recipe.root, report)
         report(Step(f"Building the disk of the machine '{recipe.name}' ({recipe.table})"))
         path.touch()
         with path.open("r+b") as file:
@@ -131,7 +132,7 @@ def build_machine(recipe: Recipe, report: Report) -> Path:
         report(Step("Installing its boot loader in User Mode Linux"))
         run_in_uml(_plan_boot_loader(recipe, parts), disks=[path])
 
-    return cached(f"machine-{recipe.name}-{recipe.table}", [*root_inputs(), *_inputs(recipe)], build)
+    return cached(f"machine-{recipe.name}-{recipe.table}", [*root_inputs(recipe.root), *_inputs(recipe)], build)
 
 
 def copy_machine(recipe: Recipe, output: Path, report: Report) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -57,24 +58,33 @@ rm -f "$1"/etc/ssh/ssh_host_* "$1"/var/log/*.log "$1"/var/log/apt/* "$1/etc/reso
 """
 
 
-def root_inputs() -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Root:
+    """What is installed: a suite by its code name (by default the host's), and packages besides those of all."""
+
+    suite: str = ""
+    packages: tuple[str, ...] = ()
+
+
+def root_inputs(root: Root) -> list[str]:
     """Return what the root is made from, for the cache's keys."""
-    sources = probe_apt_sources()
-    return [(CHECKOUT / "lab" / "root.py").read_text(), sources.distribution, sources.suite, *sources.lines]
+    sources = probe_apt_sources(root.suite or None)
+    text = (CHECKOUT / "lab" / "root.py").read_text()
+    return [text, sources.distribution, sources.suite, *sources.lines, *root.packages]
 
 
-def build_root(report: Report) -> Path:
+def build_root(root: Root, report: Report) -> Path:
     """Return the root as a tar archive from the cache, installing it first if need be (half a minute or more)."""
 
     def build(path: Path) -> None:
-        sources = probe_apt_sources()
+        sources = probe_apt_sources(root.suite or None)
         report(Step(f"Installing {sources.distribution} {sources.suite} for the lab's machines"))
-        _install(path, sources)
+        _install(path, sources, root.packages)
 
-    return cached("root", root_inputs(), build)
+    return cached("root", root_inputs(root), build)
 
 
-def _install(path: Path, sources: AptSources) -> None:
+def _install(path: Path, sources: AptSources, packages: tuple[str, ...]) -> None:
     at_the_end = _AT_THE_END.format(masked=" ".join(_MASKED), password=_PASSWORD)
     with TemporaryDirectory(dir=path.parent) as work:
         listing = Path(work) / "sources.list"
@@ -82,7 +92,7 @@ def _install(path: Path, sources: AptSources) -> None:
         run(
             [
                 *("mmdebstrap", "--mode=root", "--variant=minbase", "--format=tar"),
-                f"--include={','.join([_KERNELS[sources.distribution], *_PACKAGES])}",
+                f"--include={','.join([_KERNELS[sources.distribution], *_PACKAGES, *packages])}",
                 *(f"--dpkgopt=path-exclude={pattern}" for pattern in _LEFT_OUT),
                 *(f"--aptopt={option}" for option in sources.options),
                 f"--essential-hook={_BEFORE_KERNEL}",

@@ -19,6 +19,7 @@ from tests.servers import free_port
 
 _REGION = "default"
 _CLUSTER = "5e2b3a1c-0f7d-4c55-9d6b-6a1f2e3d4c5b"
+_OSD = "8c1d5f5e-64b3-4c8e-9a53-0d8f3c1f6a72"
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,9 @@ rgw dns name = 127.0.0.1
     run("ceph-mon", "--mkfs", "-i", "a", "--monmap", str(monmap))
     with ExitStack() as stack:
         stack.enter_context(_daemon(folder, "ceph-mon", "-c", str(config), "-i", "a", "-f"))
-        run("ceph", "--connect-timeout", "60", "osd", "create")
-        run("ceph-osd", "-i", "0", "--mkfs")
+        # A monitor that has only just formed its quorum of one may refuse whoever asks first.
+        _wait(lambda: bool(run("ceph", "--connect-timeout", "60", "osd", "create", _OSD)), "the monitor refuses")
+        run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", _OSD)
         run("ceph", "osd", "crush", "add", "osd.0", "1.0", "root=default", "host=local")
         stack.enter_context(_daemon(folder, "ceph-osd", "-c", str(config), "-i", "0", "-f"))
         _wait(lambda: "1 up" in run("ceph", "osd", "stat"), "the object store is not up")

@@ -13,7 +13,7 @@ import msgspec.structs
 from lab.manifest import compare_manifests, take_manifest
 from remetal.image.capture import read_batches
 from remetal.image.copy import copy_files, target_options
-from remetal.image.extents import Extent
+from remetal.image.ranges import Extent
 from remetal.layout.layers import probe_volume
 from remetal.layout.layers.contract import Content
 from remetal.layout.layers.remaking import Remake

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -90,6 +91,11 @@ class Site:
         """Return the same site over a copy of the store; the machine's memory is copied, too."""
         store = self.store.copy()
         return Site(store, open_repository(store), MachineKeys(self.keys.stored), self.key)
+
+
+def noise(name: str, chunks: int) -> bytes:
+    """Return so many chunks of bytes that no compression makes smaller, the same ones for the same name."""
+    return hashlib.shake_256(name.encode()).digest(chunks * CHUNK)
 
 
 def make_site() -> Site:

@@ -81,6 +81,52 @@ def running_nginx(folder: Path, root: Path, *directives: str) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
 
 
+@contextmanager
+def running_smbd(folder: Path, root: Path, *, user: str, password: str) -> Iterator[int]:
+    """Run Samba over `root`, which it shares as `vault` with one user, and yield its port. `folder/log` is its log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    places = ("private dir", "lock directory", "state directory", "cache directory", "pid directory", "ncalrpc dir")
+    lines = [
+        "[global]",
+        "interfaces = lo",
+        "bind interfaces only = yes",
+        *(f"{place} = {folder}" for place in places),
+        f"log file = {folder / 'log'}",
+        f"smb ports = {port}",
+        "disable netbios = yes",
+        "load printers = no",
+        "[vault]",
+        f"path = {root}",
+        "read only = no",
+    ]
+    config = folder / "smb.conf"
+    config.write_text("\n".join(lines) + "\n")
+    secret = f"{password}\n{password}\n".encode()
+    argv = ["smbpasswd", "-s", "-a", "-c", str(config), user]
+    subprocess.run(argv, input=secret, check=True, capture_output=True)
+    with _running(["/usr/sbin/smbd", "--foreground", "-s", str(config)], port):
+        yield port
+
+
+@contextmanager
+def running_ganesha(folder: Path, root: Path) -> Iterator[int]:
+    """Run an NFS server in user space (version 4) that exports `root` as `/vault`, and yield its port."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    config = folder / "ganesha.conf"
+    config.write_text(
+        f"NFS_CORE_PARAM {{ Protocols = 4; NFS_Port = {port}; Bind_addr = 127.0.0.1; Enable_NLM = false;"
+        " Enable_RQUOTA = false; Plugins_Dir = /usr/lib/x86_64-linux-gnu/ganesha; }\n"
+        f"NFSv4 {{ Grace_Period = 1; Lease_Lifetime = 10; RecoveryRoot = {folder}; Only_Numeric_Owners = true; }}\n"
+        f"EXPORT {{ Export_Id = 1; Path = {root}; Pseudo = /vault; Access_Type = RW; Squash = No_Root_Squash;"
+        " SecType = sys; Transports = TCP; FSAL { Name = VFS; } }\n"
+    )
+    argv = ["ganesha.nfsd", "-F", "-f", str(config), "-L", str(folder / "log"), "-p", str(folder / "pid")]
+    with _running(argv, port):
+        yield port
+
+
 def free_port() -> int:
     """Return a port on loopback that nobody listens on."""
     with socket.socket() as probe:

@@ -138,6 +138,15 @@ def file_size(size: int, sector: int) -> int:
     return size if sector == 512 else size + 2 * _EDGE
 
 
+def _reload_udev(limit: float = 60.0) -> None:
+    """Let udev read its rules again; on a busy host it may not listen yet."""
+    end = time.monotonic() + limit
+    while subprocess.run(["udevadm", "control", "--reload"], check=False).returncode != 0:
+        if time.monotonic() > end:
+            raise TimeoutError(f"udev did not listen for {limit:.0f} s")
+        time.sleep(0.5)
+
+
 def isolate_host() -> None:
     """Keep what the tools note about this machine out of the host's files, which are the root in here.
 
@@ -153,7 +162,7 @@ def isolate_host() -> None:
     run(["mount", "--bind", private / "mdadm.conf", "/etc/mdadm/mdadm.conf"], check=True)
     run(["mount", "-t", "tmpfs", "-o", "mode=755", "lib", "/var/lib"], check=True)
     run(["mount", "--bind", "/dev/null", "/usr/lib/udev/rules.d/69-bcache.rules"], check=True)
-    run(["udevadm", "control", "--reload"], check=True)
+    _reload_udev()
     run(["modprobe", "md-mod"], check=True)
     Path("/proc/sys/dev/raid/speed_limit_min").write_text("200000")  # arrays on one disk would fill theirs in turn
     os.environ["PATH"] += ":/usr/sbin:/sbin"

@@ -18,7 +18,10 @@ from remetal.vm.qemu import start_machine
 pytestmark = pytest.mark.boot
 
 
-@pytest.mark.parametrize(("table", "firmware", "bus"), [("gpt", "uefi", "virtio"), ("mbr", "bios", "ahci")])
+@pytest.mark.parametrize(
+    ("table", "firmware", "bus"),
+    [("gpt", "uefi", "virtio"), pytest.param("mbr", "bios", "ahci", marks=pytest.mark.matrix)],
+)
 def test_the_machine_boots_and_lists_its_own_files(
     tmp_path: Path,
     table: Literal["gpt", "mbr"],

@@ -61,7 +61,8 @@ class Site:
         self.repository = folder / "repository"
         self.secret = folder / "passphrase"
         self.secret.write_text(PASSPHRASE + "\n")
-        self.environment = os.environ | {
+        inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+        self.environment = inherited | {
             "REMETAL_REPO": str(self.repository),
             "REMETAL_STATE": str(folder / "state"),
             "REMETAL_PASSPHRASE_FILE": str(self.secret),

@@ -234,7 +234,7 @@ def truncate(path: Path) -> None:
 @pytest.mark.parametrize("kind", ["packs", "index", "maps", "history"])
 def test_damage_is_found_and_never_restored(backed_up: Site, kind: str, damage: object) -> None:
     assert callable(damage)
-    for path in objects(backed_up, kind):
+    for path in objects(backed_up, kind) + (objects(backed_up, "parity") if kind == "packs" else []):
         damage(path)
     told = backed_up.remetal("check", code=5)
     assert "damaged" in told.out
@@ -244,13 +244,38 @@ def test_damage_is_found_and_never_restored(backed_up: Site, kind: str, damage: 
     assert told.err.strip()
 
 
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
+def test_one_damaged_pack_costs_nothing(backed_up: Site, machine_disk: Path, damage: object) -> None:
+    """The machine comes back without a repair; the repair takes no key, and can be taken back."""
+    assert callable(damage)
+    pack = objects(backed_up, "packs")[0]
+    good = pack.read_bytes()
+    damage(pack)
+    bad = pack.read_bytes() if pack.exists() else None
+    told = backed_up.remetal("check", "--json", code=5).json
+    assert (told["repairable"], told["unprotected"]) == (1, 0)
+    new = backed_up.folder / "new.img"
+    told = backed_up.remetal("restore", "latest", "--map", new, "--yes")
+    assert f"{pack.name} is damaged or missing; what it held is rebuilt from parity" in told.err
+    assert list_volume(span(new, 5), ("noload",)) == list_volume(span(machine_disk, 5), ("noload",))
+    assert (pack.read_bytes() if pack.exists() else None) == bad
+    assert backed_up.remetal("repair", "--json").json["rebuilt"] == 1
+    assert pack.read_bytes() == good
+    backed_up.remetal("check", "--read-data")
+    assert "objects removed: 1," in backed_up.remetal("repair", "--undo").out
+    assert (pack.read_bytes() if pack.exists() else None) == bad
+    backed_up.remetal("repair")
+    assert "Accepted 1 repair" in backed_up.remetal("repair", "--accept").out
+    backed_up.remetal("repair", "--undo", code=3)
+
+
 def test_a_lost_index_is_made_anew(backed_up: Site, machine_disk: Path) -> None:
     for path in objects(backed_up, "index"):
         path.unlink()
     backed_up.remetal("check", code=5)
-    assert backed_up.remetal("repair", "--json").json["packs"] > 0
+    assert backed_up.remetal("repair", "--json").json["indexed"] > 0
     backed_up.remetal("check", "--read-data")
-    assert backed_up.remetal("repair", "--json").json["packs"] == 0
+    assert backed_up.remetal("repair", "--json").json["indexed"] == 0
     new = backed_up.folder / "new.img"
     backed_up.remetal("restore", "latest", "--map", new, "--yes")
     assert list_volume(span(new, 5), ("noload",)) == list_volume(span(machine_disk, 5), ("noload",))

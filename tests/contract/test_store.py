@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import random
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -11,12 +14,15 @@ from pathlib import Path
 import pytest
 
 from remetal.errors import UsageError
-from remetal.storage import AlreadyExistsError, Entry, LocalStore, NotFoundError, Pieces, Store, open_store
+from remetal.pace import Pace
+from remetal.storage import AlreadyExistsError, Entry, LocalStore, NotFoundError, Pieces, Store, open_folder, open_store
 from remetal.storage.http import HttpStore
 from remetal.storage.limit import LimitedStore
 from remetal.storage.retry import RetryingStore
 from remetal.storage.s3 import S3Store
 from remetal.storage.sftp import SftpStore
+from remetal.system.blockdev import aligned_buffer
+from remetal.units import MIB
 from tests.ceph import Gateway
 from tests.repositories import MemoryStore
 from tests.servers import SshServer, running_nginx, running_sshd
@@ -56,9 +62,11 @@ MAKERS: dict[str, Callable[[Path], Store]] = {
     "local": lambda folder: LocalStore(folder / "deep" / "store"),
     "location": lambda folder: open_store(f"file://{folder}/with%20space"),
     "memory": lambda folder: MemoryStore(),
-    "retrying": lambda folder: RetryingStore(LimitedStore(MemoryStore(), 1e9)),
+    "retrying": lambda folder: RetryingStore(LimitedStore(MemoryStore(), Pace(1e9))),
 }
 SERVERS = ("sftp", "nginx-html", "nginx-json", "s3", "s3-versions")
+MOUNTED: dict[str, str] = json.loads(os.environ.get("REMETAL_TEST_STORES", "{}"))
+"""Folders on file systems that this host's kernel may not know, by kind: where the suite runs inside another kernel."""
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +89,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[
         yield found
 
 
-@pytest.fixture(params=[*MAKERS, *SERVERS])
+@pytest.fixture(params=MOUNTED or [*MAKERS, *SERVERS])
 def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     made = _make_store(request, tmp_path, monkeypatch)
     yield made
@@ -89,6 +97,9 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def _make_store(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    if request.param in MOUNTED:
+        remote = request.param.startswith(("nfs", "smb"))
+        return open_folder(Path(MOUNTED[request.param], uuid.uuid4().hex, "store"), request.param, remote=remote)
     if request.param in MAKERS:
         return MAKERS[request.param](folder)
     if request.param == "sftp":
@@ -127,6 +138,16 @@ def test_more_pieces_than_one_system_call_takes(store: Store) -> None:
     pieces = [bytes([number % 256]) * (number % 7) for number in range(5000)]
     store.put("many", pieces)
     assert store.get("many") == b"".join(pieces)
+
+
+@pytest.mark.parametrize("size", [MIB, MIB + 1, 4 * MIB + 4096, 9 * MIB - 1], ids=str)
+@pytest.mark.parametrize("shift", [0, 1], ids=["on a page", "beside a page"])
+def test_large_objects_from_any_memory(store: Store, size: int, shift: int) -> None:
+    memory = aligned_buffer(size + shift)
+    memory[:] = random.Random(size).randbytes(size + shift)
+    store.put("large", [memory[shift:]])
+    assert store.get("large") == memory[shift:]
+    assert [entry.size for entry in store.entries("large")] == [size]
 
 
 def test_an_empty_object(store: Store) -> None:

@@ -70,6 +70,12 @@ class InlineExecutor:
     def __init__(self, *words: Any, **options: Any) -> None:
         pass
 
+    def __enter__(self) -> InlineExecutor:
+        return self
+
+    def __exit__(self, *words: object) -> None:
+        pass
+
     def submit(self, work: Callable[..., Any], *words: Any) -> Future[Any]:
         future: Future[Any] = Future()
         try:

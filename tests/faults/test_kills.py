@@ -27,6 +27,7 @@ from remetal.repository.repository import (
     unlock_with_kit,
 )
 from remetal.storage import LocalStore
+from tests.faults.counting import Count, StartCount
 from tests.repositories import CHUNK, Site, backup, restore
 
 _CHECKOUT = Path(__file__).parents[2]
@@ -82,14 +83,15 @@ else:
 class Place:
     """A repository in a folder, and what its snapshots hold."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, count: Count) -> None:
+        self.count = count
         self.store = LocalStore(folder / "repository")
         self.state, self.image = folder / "state", folder / "image"
         repository, kit = init_repository(self.store, passphrase="p", chunk_size=CHUNK)
         self.key: RecipientKey = unlock_with_kit(repository, kit.text())
         save_machine_keys(self.state, enroll_machine(repository, "web"))
         self.expected: dict[str, bytes] = {}
-        self.killed = self.runs = 0
+        self.killed = 0
 
     def site(self) -> Site:
         repository = open_repository(self.store)
@@ -110,12 +112,13 @@ class Place:
                 time.sleep(moment)
                 process.send_signal(signal.SIGKILL)
             said = process.stdout.read().strip()
-        self.runs += 1
-        self.killed += process.returncode == -signal.SIGKILL
-        assert process.returncode in {0, -signal.SIGKILL}
+        killed = process.returncode == -signal.SIGKILL
+        self.killed += killed
         if said:
             self.expected[said] = data
-        self.need_sound(work, data)
+        with self.count.case(f"{work}, {moment} s, point {point}", faults=int(killed)):
+            assert killed or process.returncode == 0
+            self.need_sound(work, data)
 
     def need_sound(self, work: str, data: bytes) -> None:
         site = self.site()
@@ -132,9 +135,9 @@ class Place:
         assert check_repository(site.repository, keys=site.keys).problems == []
 
 
-def campaign(folder: Path, runs: int, seed: int) -> Place:
+def campaign(folder: Path, runs: int, seed: int, counts: StartCount) -> Place:
     """Kill so many runs of backup, forget and prune in turn, at random moments and before chosen system calls."""
-    place = Place(folder)
+    place = Place(folder, counts("kill -9"))
     moments = random.Random(seed)
     works: Sequence[str] = ("backup", "backup", "prune", "backup", "forget", "prune")
     for number in range(runs):
@@ -152,14 +155,11 @@ def campaign(folder: Path, runs: int, seed: int) -> Place:
     return place
 
 
-def test_fifty_kills(tmp_path: Path) -> None:
-    place = campaign(tmp_path, 50, seed=1)
-    assert place.killed >= 30
+def test_fifty_kills(tmp_path: Path, counts: StartCount) -> None:
+    assert campaign(tmp_path, 50, 1, counts).killed >= 30
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(3600)
-def test_five_hundred_kills(tmp_path: Path) -> None:
-    place = campaign(tmp_path, 500, seed=2)
-    assert place.killed >= 300
-    print(f"{place.runs} runs of backup, forget and prune, {place.killed} of them killed with -9, 0 snapshots lost")
+@pytest.mark.timeout(7200)
+def test_five_hundred_kills(tmp_path: Path, counts: StartCount) -> None:
+    assert campaign(tmp_path, 500, 2, counts).killed >= 300

@@ -15,10 +15,10 @@ from remetal.repository.forget import forget_snapshots
 from remetal.repository.machines import MachineKeys
 from remetal.repository.prune import prune_machine
 from remetal.repository.repository import enroll_machine, open_repository
-from tests.faults.campaign import _compare
+from tests.faults.campaign import need_listed
+from tests.faults.counting import Count, StartCount
 from tests.faults.schedule import Bursts, Choose, Priorities, ScheduledStore, without_locks_and_threads
-from tests.repositories import CHUNK, MemoryStore, Site, backup, make_site
-from tests.unit.test_repository_prune import noise
+from tests.repositories import CHUNK, MemoryStore, Site, backup, make_site, noise
 
 _OLD = [noise("w1", 2) + noise("w2", 2), noise("w2", 2) + noise("w3", 1)]
 _NEW = [noise("w1", 2) + noise("w4", 1), noise("w2", 1) + noise("w5", 1), noise("w1", 2) + noise("w2", 2)]
@@ -48,7 +48,10 @@ def start() -> tuple[Site, MachineKeys, dict[str, bytes], str]:
 
 
 def run_eight(choose: Choose) -> tuple[int, int]:
-    """Run eight actors in an order; return how many backups were acknowledged, and how many were not."""
+    """Run eight actors in an order; return how many backups were acknowledged, and how many were not.
+
+    Raises AssertionError if anything was lost.
+    """
     site, other, expected, first = start()
     expected = dict(expected)
     store = ScheduledStore(dict(site.store.objects))
@@ -84,46 +87,54 @@ def run_eight(choose: Choose) -> tuple[int, int]:
     calm = MemoryStore(dict(store.objects))
     after = Site(calm, open_repository(calm), MachineKeys(site.keys.stored), site.key)
     unacknowledged = {f"unacknowledged {number}": data for number, data in enumerate(_NEW)}
-    _compare(after, expected | acknowledged, maybe | unacknowledged)
+    need_listed(after, expected | acknowledged, maybe | unacknowledged)
     assert check_repository(after.repository, keys=after.key, read_data=True).problems == []
     following = backup(after, _OLD[0], workers=1)
     prune_machine(after.repository, after.key, after.keys.machine_id, grace=0, max_unused=0)
-    _compare(after, expected | acknowledged | {following.id: _OLD[0]}, maybe | unacknowledged)
+    need_listed(after, expected | acknowledged | {following.id: _OLD[0]}, maybe | unacknowledged)
     return len(acknowledged), 4 - len(acknowledged)
 
 
+def count_eight(count: Count, choose: Choose) -> tuple[int, int]:
+    """Run eight actors as a case of a campaign; a backup that was not acknowledged was told to run again."""
+    with count.case(choose, faults=0):
+        won, lost = run_eight(choose)
+    count.detected += lost
+    return won, lost
+
+
 @given(st.lists(st.tuples(st.integers(0, 7), st.integers(1, 80)), max_size=14))
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-def test_any_order_of_eight_writers_loses_nothing(bursts: list[tuple[int, int]]) -> None:
-    run_eight(Bursts(bursts))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
+def test_any_order_of_eight_writers_loses_nothing(counts: StartCount, bursts: list[tuple[int, int]]) -> None:
+    count_eight(counts("eight writers, orders"), Bursts(bursts))
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_orders_with_sleepers(seed: int) -> None:
-    run_eight(Priorities(seed, 8))
+def test_orders_with_sleepers(counts: StartCount) -> None:
+    count = counts("eight writers, orders")
+    for seed in range(40):
+        count_eight(count, Priorities(seed, 8))
 
 
 @pytest.mark.faults
-def test_two_thousand_orders_with_sleepers() -> None:
-    won = lost = 0
-    for seed in range(1000, 3000):
-        more = run_eight(Priorities(seed, 8))
-        won, lost = won + more[0], lost + more[1]
-    assert won > 2000
-    print(f"2000 orders: {won} backups acknowledged, {lost} told to run again, 0 lost")
+@pytest.mark.timeout(7200)
+def test_two_thousand_orders_with_sleepers(counts: StartCount) -> None:
+    count = counts("eight writers, orders")
+    assert sum(count_eight(count, Priorities(seed, 8))[0] for seed in range(1000, 3000)) > 2000
 
 
-@pytest.mark.parametrize("lead", range(0, 60, 3))
-def test_a_collector_that_looks_before_and_deletes_after_a_new_snapshot(lead: int) -> None:
+def test_a_collector_that_looks_before_and_deletes_after_a_new_snapshot(counts: StartCount) -> None:
     """The prune lists, a backup uses chunks of an old snapshot again, that is forgotten, the prune goes on."""
-    run_eight(Bursts([(5, lead), (2, 300), (4, 300), (5, 600)]))
-    run_eight(Bursts([(2, lead), (4, 300), (5, 600), (2, 300)]))
-    run_eight(Bursts([(4, 300), (0, lead), (5, 600), (0, 300)]))
+    count = counts("eight writers, a collector amid a backup")
+    for lead in range(0, 60, 3):
+        count_eight(count, Bursts([(5, lead), (2, 300), (4, 300), (5, 600)]))
+        count_eight(count, Bursts([(2, lead), (4, 300), (5, 600), (2, 300)]))
+        count_eight(count, Bursts([(4, 300), (0, lead), (5, 600), (0, 300)]))
 
 
-@pytest.mark.parametrize("lead", range(0, 90, 3))
-def test_a_prune_that_sleeps_while_another_one_runs(lead: int) -> None:
-    run_eight(Bursts([(4, 300), (5, lead), (6, 900), (5, 900)]))
+def test_a_prune_that_sleeps_while_another_one_runs(counts: StartCount) -> None:
+    count = counts("eight writers, a prune that slept")
+    for lead in range(0, 90, 3):
+        count_eight(count, Bursts([(4, 300), (5, lead), (6, 900), (5, 900)]))
 
 
 def test_catalog_lists_what_was_there() -> None:

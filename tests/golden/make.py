@@ -2,7 +2,8 @@
 
     .venv/bin/python -m tests.golden.make
 
-The result is one JSON file with every object in base64, and what it takes to read them.
+`format-1.json` was written before snapshots told what was left out, `format-1-left-out.json` since. The result is one
+JSON file with every object in base64, and what it takes to read them.
 """
 
 from __future__ import annotations
@@ -22,10 +23,16 @@ from remetal.repository.repository import (
     unlock_with_kit,
 )
 from remetal.repository.session import open_session
+from remetal.repository.snapshots import LeftOut
 from tests.repositories import CHUNK, MemoryStore, batches_of
 
 FOLDER = Path(__file__).parent
 PASSPHRASE = "golden Grüße"
+LEFT_OUT = (
+    LeftOut(volume="sda:1", path="/var/tmp", bytes=123_456_789),
+    LeftOut(volume="sda:2", path="/Grüße/\\xff", bytes=0),
+)
+"""What the second snapshot says was left out."""
 
 
 def golden_image(number: int) -> bytes:
@@ -50,7 +57,11 @@ def main() -> None:
             session.write_image("sda:1", len(data), batches_of(data))
             session.write_image("sda:2", 10 * CHUNK, batches_of(bytes(10 * CHUNK), holes=range(1, 9)))
             snapshot = session.commit(
-                layout=b'{"golden":true}', hostname="golden.example", tags=("one", "two"), time="2025-01-02T03:04:05Z"
+                layout=b'{"golden":true}',
+                hostname="golden.example",
+                tags=("one", "two"),
+                left_out=LEFT_OUT if number else (),
+                time="2025-01-02T03:04:05Z",
             )
         ids.append(snapshot.id)
     golden = {
@@ -62,7 +73,7 @@ def main() -> None:
         "objects": {name: base64.b64encode(data).decode() for name, data in sorted(store.objects.items())},
     }
     text = json.dumps(golden, indent=1, ensure_ascii=False)
-    (FOLDER / f"format-{FORMAT}.json").write_text(text + "\n", encoding="utf-8")
+    (FOLDER / f"format-{FORMAT}-left-out.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

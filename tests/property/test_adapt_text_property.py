@@ -148,7 +148,7 @@ def identities(draw: st.DrawFn) -> Identities:
 
 @pytest.mark.parametrize("planner", PLANNERS)
 @given(data=st.data(), known=identities())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_planning_is_total_and_settles(planner: Planner, data: st.DataObject, known: Identities) -> None:
     text = data.draw(texts(planner))
     plan = planner(text, known, "/etc/file")
@@ -160,7 +160,7 @@ def test_planning_is_total_and_settles(planner: Planner, data: st.DataObject, kn
 
 @pytest.mark.parametrize("planner", PLANNERS)
 @given(data=st.data())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_where_no_identity_changed_no_byte_changes(planner: Planner, data: st.DataObject) -> None:
     text = data.draw(texts(planner))
     assert planner(text, SAME, "/etc/file").text == text
@@ -168,14 +168,14 @@ def test_where_no_identity_changed_no_byte_changes(planner: Planner, data: st.Da
 
 
 @given(text=texts(plan_crypttab), known=identities())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_crypttab_changes_sources_only(text: str, known: Identities) -> None:
     old, new = parse_crypttab(text), parse_crypttab(plan_crypttab(text, known).text)
     assert [(each.name, each.options) for each in old] == [(each.name, each.options) for each in new]
 
 
 @given(text=texts(plan_grubenv), known=identities())
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_the_environment_block_keeps_its_size(text: str, known: Identities) -> None:
     plan = plan_grubenv(text, known, "/boot/grub/grubenv")
     assert len(plan.text.encode("utf-8", "surrogateescape")) == len(text.encode("utf-8", "surrogateescape"))
@@ -186,12 +186,12 @@ def test_the_examples_above_do_change(planner: Planner) -> None:
     find(
         st.tuples(texts(planner), identities()),
         lambda drawn: bool(planner(drawn[0], drawn[1], "/etc/file").changes),
-        settings=settings(max_examples=1000, deadline=None, phases=[Phase.generate]),
+        settings=settings(max_examples=1000, phases=[Phase.generate]),
     )
 
 
 @given(st.text("ar|/^$.*+?()[]-\\dev^x", max_size=30), st.text("/devsdanvme0p1x", max_size=20))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_filters_are_decided_or_refused(entry: str, name: str) -> None:
     try:
         rules = parse_rules([entry])

@@ -46,7 +46,7 @@ def planned(text: str) -> TextPlan:
 
 
 @given(st.lists(lines, max_size=8).map("\n".join))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_planning_is_total_idempotent_and_narrow(text: str) -> None:
     plan, again = planned(text), planned(planned(text).text)
     contradicts = any(each.target == "/" and "sda" not in each.spec for each in parse_fstab(text))

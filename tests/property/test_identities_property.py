@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from remetal.adapt.evidence import Nodes, find_nodes
@@ -15,9 +15,7 @@ from remetal.layout.model import FileSystem, Layout, Luks, MdArray, Swap, Volume
 from remetal.layout.reshape import reshape
 from tests.stacked_layouts import stacked_layouts
 
-QUICK = settings(
-    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
-)
+QUICK = settings(max_examples=150)
 
 
 def nodes_of(layout: Layout) -> Nodes:

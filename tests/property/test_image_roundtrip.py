@@ -12,27 +12,30 @@ from hypothesis import strategies as st
 
 from remetal.errors import DamagedError, RemetalError
 from remetal.image.capture import read_batches
-from remetal.image.extents import Extent
+from remetal.image.ranges import Extent
 from remetal.image.restore import Written, restore_image, verify_image
 from remetal.repository.reader import open_reader
 from remetal.repository.recipients import RecipientKey
 from remetal.repository.repository import Repository, enroll_machine, init_repository, unlock_with_kit
 from remetal.repository.session import open_session
 from remetal.repository.snapshots import ImageRecord, Snapshot
-from remetal.system.blockdev import Span
+from remetal.system.blockdev import PAGE, Span
+from remetal.units import align_up
 from tests.repositories import CHUNK, PASSPHRASE, MemoryStore
 
 START = 512 * 3
 """Where the volume begins on its disk: not at a page boundary."""
 
 
-def capture(source: Path, extents: list[Extent], size: int) -> tuple[Repository, RecipientKey, Snapshot, ImageRecord]:
-    """Capture the volume at `START` of a disk file into a fresh repository."""
+def capture(
+    source: Path, extents: list[Extent], size: int, start: int = START
+) -> tuple[Repository, RecipientKey, Snapshot, ImageRecord]:
+    """Capture the volume at byte `start` of a disk file into a fresh repository."""
     repository, kit = init_repository(MemoryStore(), passphrase=PASSPHRASE, chunk_size=CHUNK)
     keys = enroll_machine(repository, "machine")
     with open_session(repository, keys) as session:
         batches = read_batches(
-            Span(source, START, size), extents, session.chunk_size, buffers=session.workers + 1, part="volume"
+            Span(source, start, size), extents, session.chunk_size, buffers=session.workers + 1, part="volume"
         )
         image = session.write_image("volume", size, batches)
         snapshot = session.commit(layout=b"{}", hostname="host")
@@ -52,37 +55,45 @@ def volumes(draw: st.DrawFn) -> tuple[int, list[Extent], int]:
     return position + draw(st.integers(0, 2 * CHUNK)), found, draw(st.integers(0, 1 << 32))
 
 
-@settings(max_examples=25, deadline=None)
-@given(volumes())
-def test_used_bytes_come_back_and_holes_stay(volume: tuple[int, list[Extent], int]) -> None:
+@settings(max_examples=40)
+@given(volumes(), st.booleans(), st.booleans())
+def test_used_bytes_come_back_and_holes_stay(volume: tuple[int, list[Extent], int], direct: bool, sparse: bool) -> None:
+    """Onto garbage or a file with holes; past the page cache where start and size stand on pages."""
     size, extents, seed = volume
+    size = align_up(size, PAGE) if direct else size
+    start = 2 * PAGE if direct else START
     noise = random.Random(seed)
     content = bytearray(noise.randbytes(size))
     if extents[0].size > 10:
         content[extents[0].start : extents[0].end] = bytes(extents[0].size)
     with TemporaryDirectory() as folder:
         source, target = Path(folder) / "source", Path(folder) / "target"
-        source.write_bytes(bytes(START) + content)
-        garbage = noise.randbytes(START + size + 777)
-        target.write_bytes(garbage)
-        repository, key, snapshot, image = capture(source, extents, size)
-        span = Span(target, START, size)
+        source.write_bytes(bytes(start) + content)
+        garbage = noise.randbytes(start + size + 777)
+        if sparse:
+            garbage = bytes(len(garbage) // 2) + garbage[len(garbage) // 2 :]
+        with target.open("wb") as file:
+            file.truncate(len(garbage))
+            file.seek(len(garbage) // 2 if sparse else 0)
+            file.write(garbage[len(garbage) // 2 :] if sparse else garbage)
+        repository, key, snapshot, image = capture(source, extents, size, start)
+        span = Span(target, start, size)
         with open_reader(repository, key, snapshot) as reader:
             restore_image(reader, image, span, part="volume")
             restored = target.read_bytes()
             assert restore_image(reader, image, span, part="volume").written == 0
             assert verify_image(reader, image, span, part="volume").written == 0
         assert target.read_bytes() == restored
-    assert restored[:START] == garbage[:START]
-    assert restored[START + size :] == garbage[START + size :]
+    assert restored[:start] == garbage[:start]
+    assert restored[start + size :] == garbage[start + size :]
     touched = {index for each in extents for index in range(each.start // CHUNK, (each.end - 1) // CHUNK + 1)}
-    expected = bytearray(garbage[START : START + size])
+    expected = bytearray(garbage[start : start + size])
     for index in touched:
         end = min((index + 1) * CHUNK, size)
         expected[index * CHUNK : end] = bytes(end - index * CHUNK)
     for each in extents:
         expected[each.start : each.end] = content[each.start : each.end]
-    assert restored[START : START + size] == bytes(expected)
+    assert restored[start : start + size] == bytes(expected)
 
 
 def test_a_damaged_pack_never_reaches_the_target(tmp_path: Path) -> None:
@@ -96,6 +107,8 @@ def test_a_damaged_pack_never_reaches_the_target(tmp_path: Path) -> None:
     for name in [name for name in store.objects if name.startswith("packs/")]:
         middle = len(store.objects[name]) // 2
         store.objects[name] = store.objects[name][:middle] + b"\0" * 100 + store.objects[name][middle + 100 :]
+    for name in [name for name in store.objects if name.startswith("parity/")]:
+        del store.objects[name]  # it would bring the pack back
     with open_reader(repository, key, snapshot) as reader, pytest.raises(DamagedError):
         restore_image(reader, image, Span(target, START, size), part="volume")
     original = source.read_bytes()

@@ -124,7 +124,7 @@ def groups(draw: st.DrawFn) -> VolumeGroup:
     return builder.build()
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.data(), groups())
 def test_what_is_planned_is_a_group(data: Any, group: VolumeGroup) -> None:
     assert find_disagreement(group) == ""
@@ -154,7 +154,7 @@ def test_what_is_planned_is_a_group(data: Any, group: VolumeGroup) -> None:
             event("shrunk")
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(groups(), st.integers(1, 30 * EXTENT))
 def test_all_at_their_least_fit(group: VolumeGroup, need: int) -> None:
     """If every physical volume has just what it is said to need, the group fits, one with other than linear volumes."""

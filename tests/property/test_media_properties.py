@@ -47,14 +47,14 @@ def refusal(call: Callable[[], object]) -> str | None:
     return None
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.binary(max_size=400))
 def test_hostile_answer_files_are_refused(data: bytes) -> None:
     told = refusal(lambda: parse_answer(data, "stick"))
     assert told is None or "stick" in told
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.dictionaries(
         st.sampled_from(FIELDS) | st.text(max_size=8),
@@ -67,14 +67,14 @@ def test_hostile_fields_are_refused(fields: dict[str, object]) -> None:
     assert told is None or told.startswith("stick ")
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.text(max_size=200), st.sampled_from(["", "remetal.", "remetal.map=", "remetal.repo="]))
 def test_hostile_command_lines_are_parsed_or_refused(text: str, prefix: str) -> None:
     told = refusal(lambda: parse_command_line(f"{prefix}{text}"))
     assert told is None or "remetal." in told
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.text(max_size=60))
 def test_a_place_never_leaves_its_volume(text: str) -> None:
     try:
@@ -86,7 +86,7 @@ def test_a_place_never_leaves_its_volume(text: str) -> None:
         assert str(place) == text
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.dictionaries(WORD, st.text(st.sampled_from("abc /:._-"), min_size=1, max_size=12), max_size=4))
 def test_what_the_command_line_says_is_what_is_understood(mapping: dict[str, str]) -> None:
     pairs = {source: target for source, target in mapping.items() if "=" not in source}
@@ -95,7 +95,7 @@ def test_what_the_command_line_says_is_what_is_understood(mapping: dict[str, str
     assert fields.get("map", {}) == pairs
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.text(max_size=300))
 def test_hostile_blkid_output_yields_only_known_file_systems(text: str) -> None:
     for volume in parse_volumes(text):
@@ -114,7 +114,7 @@ def test_hostile_blkid_output_yields_only_known_file_systems(text: str) -> None:
         }
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60))
 def test_kernel_arguments_cannot_break_out_of_the_menu(append: str) -> None:
     try:
@@ -126,7 +126,7 @@ def test_kernel_arguments_cannot_break_out_of_the_menu(append: str) -> None:
     assert len(msgspec.json.encode(menu)) >= len(msgspec.json.encode(plain))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     st.dictionaries(
         st.text("abcxyz09._", min_size=1, max_size=20).filter(lambda n: n.strip(".")),

@@ -104,7 +104,7 @@ def test_shared_blocks_are_counted() -> None:
     assert read_shared(lambda offset, size: data[offset : offset + size], len(data)) == MIB
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     name=st.sampled_from(sorted(COUNTERS)),
     patches=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 260), st.binary(min_size=1, max_size=8)), max_size=6),

@@ -104,7 +104,7 @@ def make_patches(size: int) -> st.SearchStrategy[dict[int, bytes]]:
     return found.map(lambda patches: {place: new[: size - place] for place, new in patches.items()})
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(make_patches(592), st.sampled_from([CONTAINER, 2 * MIB, MIB, 4096, 592, 591, 0]))
 def test_any_first_version(patches: Patches, size: int) -> None:
     data = bytearray(real_header("luks1"))
@@ -112,7 +112,7 @@ def test_any_first_version(patches: Patches, size: int) -> None:
     check_header(bytes(data), size)
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(
     make_patches(512),
     make_patches(COPY - 4096),
@@ -144,7 +144,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=600)
+@settings(max_examples=600)
 @given(st.data(), st.integers(1, 3))
 def test_any_description_with_a_right_checksum(draw: st.DataObject, changes: int) -> None:
     data = bytearray(real_header("luks2"))
@@ -221,7 +221,7 @@ SPOTS = st.integers(32, 0x12B) | st.integers(0x32B, 0x32B + 300) | st.integers(0
 BYTES = st.binary(min_size=1, max_size=8) | st.sampled_from([b"\0", b"\1", b"\2", b"\xff", b"\xff" * 8, bytes(8)])
 
 
-@settings(deadline=None, max_examples=600)
+@settings(max_examples=600)
 @given(st.dictionaries(SPOTS, BYTES, max_size=3), st.booleans())
 def test_any_superblock(patches: Patches, sealed: bool) -> None:
     real = real_btrfs()
@@ -245,7 +245,7 @@ def test_any_superblock(patches: Patches, sealed: bool) -> None:
 ITEMS = st.integers(80, 101 + 8 * 25) | st.integers(NODE - 700, NODE - 1) | st.integers(0, NODE - 1)
 
 
-@settings(deadline=None, max_examples=800)
+@settings(max_examples=800)
 @given(st.dictionaries(ITEMS, BYTES, max_size=4), st.booleans())
 def test_any_chunk_tree(patches: Patches, both: bool) -> None:
     real = real_btrfs()

@@ -122,13 +122,13 @@ def physical_volume(text: bytes, place: int = 1024) -> bytearray:
 BASE = bytes(physical_volume(GROUP.encode()))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(SECTIONS)
 def test_format_then_parse(tree: Section) -> None:
     assert parse_config(format_config(tree)) == tree
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(st.lists(st.sampled_from([*WORDS[:60], *STRANGE, "a/b", "#", "\n", "'", '"', "0", "9.", "x"]), max_size=30))
 def test_any_text(words: list[str]) -> None:
     try:
@@ -202,7 +202,7 @@ def test_the_sound_group() -> None:
     check_group(GROUP)
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(
     st.lists(
         st.tuples(st.integers(0, len(WORDS) - 1), st.sampled_from([*STRANGE, *WORDS]), st.sampled_from("rid")),
@@ -258,7 +258,7 @@ def test_the_ring(place: int) -> None:
 PLACES = st.integers(512, 1023) | st.integers(AREA, AREA + 600) | st.integers(0, AREA + 8192)
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(
     st.dictionaries(PLACES, st.binary(min_size=1, max_size=8), max_size=6),
     st.booleans(),

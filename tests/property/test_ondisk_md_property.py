@@ -141,7 +141,7 @@ def test_the_recorded_ones_are_sound(version: str) -> None:
 NUMBERS = st.sampled_from([0, 1, 2, 4, 0xFF, 0x7FFF, 0xFF00, 0xFFFE, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFC, 0xFFFFFFFF])
 
 
-@settings(deadline=None, max_examples=600)
+@settings(max_examples=600)
 @given(
     st.sampled_from(list(PLACES)),
     st.dictionaries(st.integers(2, 72) | st.integers(990, 999), NUMBERS | st.integers(0, 1 << 12), max_size=6),
@@ -176,7 +176,7 @@ def test_any_numbers(version: str, words: dict[int, int], repaired: bool, size: 
     check(found, size)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     st.lists(st.sampled_from(list(PLACES)), max_size=4),
     st.dictionaries(st.integers(0, BLOCK - 8), st.binary(min_size=1, max_size=8), max_size=8),

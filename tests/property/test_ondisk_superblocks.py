@@ -22,7 +22,7 @@ PARSERS: list[tuple[Callable[[Read, int], Any], int, bytes]] = [
 ]
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(
     st.sampled_from(PARSERS),
     st.integers(0, 20000),

@@ -71,7 +71,7 @@ def same(found: Gpt | None, table: Gpt) -> bool:
     )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(gpts())
 def test_gpt_round_trip(case: tuple[Gpt, int, int]) -> None:
     table, size, sector = case
@@ -83,7 +83,7 @@ def test_gpt_round_trip(case: tuple[Gpt, int, int]) -> None:
     assert encode_gpt(found, size, sector) == encode_gpt(table, size, sector)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(gpts(), st.data())
 def test_gpt_backup_is_used_for_any_damage_of_the_primary(case: tuple[Gpt, int, int], data: st.DataObject) -> None:
     table, size, sector = case
@@ -99,7 +99,7 @@ def test_gpt_backup_is_used_for_any_damage_of_the_primary(case: tuple[Gpt, int, 
     assert "primary partition table is damaged" in found.problems[0]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(gpts(), st.data())
 def test_gpt_damaged_backup_is_told(case: tuple[Gpt, int, int], data: st.DataObject) -> None:
     table, size, sector = case
@@ -111,7 +111,7 @@ def test_gpt_damaged_backup_is_told(case: tuple[Gpt, int, int], data: st.DataObj
     assert "backup" in found.problems[0]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(gpts(), st.data())
 def test_gpt_hostile_values_with_right_checksums(case: tuple[Gpt, int, int], data: st.DataObject) -> None:
     """Checksums keep nobody out who writes them himself: every field is overwritten and the CRCs made right."""
@@ -139,7 +139,7 @@ def test_gpt_hostile_values_with_right_checksums(case: tuple[Gpt, int, int], dat
     encode_gpt(found, size, sector)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.binary(max_size=4096), st.integers(0, 8), st.sampled_from([512, 4096]))
 def test_any_bytes_are_a_table_or_none_or_refused(data: bytes, tail: int, sector: int) -> None:
     disk = bytearray(data + bytes(tail * sector - len(data)) if tail * sector > len(data) else data)
@@ -231,7 +231,7 @@ class Sparse:
         return self.sectors.get(offset, bytes(size))[:size]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(mbrs())
 def test_mbr_round_trip(case: tuple[Mbr, int, int]) -> None:
     table, size, sector = case
@@ -239,7 +239,7 @@ def test_mbr_round_trip(case: tuple[Mbr, int, int]) -> None:
     assert found == table
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(mbrs(), st.data())
 def test_mbr_hostile_slots(case: tuple[Mbr, int, int], data: st.DataObject) -> None:
     table, size, sector = case

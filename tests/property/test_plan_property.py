@@ -190,7 +190,7 @@ def reach(step: Step) -> tuple[int, int] | None:
             return None
 
 
-@settings(deadline=None, max_examples=250)
+@settings(max_examples=250)
 @given(cases(), st.booleans())
 def test_a_plan_keeps_to_its_places(case: tuple[Layout, dict[str, ImageFacts], dict[str, Target]], keep: bool) -> None:
     layout, _, targets = case
@@ -223,7 +223,7 @@ def test_a_plan_keeps_to_its_places(case: tuple[Layout, dict[str, ImageFacts], d
             free = end
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(cases())
 def test_everything_that_was_there_is_there_again(
     case: tuple[Layout, dict[str, ImageFacts], dict[str, Target]],
@@ -267,7 +267,7 @@ def test_everything_that_was_there_is_there_again(
         assert found.result.layers == layout.layers
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(cases())
 def test_what_boots_comes_last(case: tuple[Layout, dict[str, ImageFacts], dict[str, Target]]) -> None:
     found = plan_or_none(case)
@@ -293,7 +293,7 @@ def test_what_boots_comes_last(case: tuple[Layout, dict[str, ImageFacts], dict[s
     assert not boots or not others or max(others) < min(boots)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(cases(), st.data())
 def test_the_id_depends_on_what_matters_and_on_nothing_else(
     case: tuple[Layout, dict[str, ImageFacts], dict[str, Target]], data: st.DataObject
@@ -328,7 +328,7 @@ def test_the_id_depends_on_what_matters_and_on_nothing_else(
         assert plan((layout, changed, targets)).id != found.id
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(cases(), st.data())
 def test_reasons_never_to_write_always_refuse(
     case: tuple[Layout, dict[str, ImageFacts], dict[str, Target]], data: st.DataObject
@@ -341,7 +341,7 @@ def test_reasons_never_to_write_always_refuse(
         plan((layout, images, marked))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(layouts())
 def test_layouts_survive_their_record(layout: Layout) -> None:
     assert decode_layout(encode_layout(layout)) == layout

@@ -26,6 +26,7 @@ from remetal.repository.objects import decode_json
 from remetal.repository.packs import ENTRY, MAX_CHUNKS, ZSTD, Contents, open_pack
 from remetal.repository.reader import open_reader
 from remetal.repository.recipients import RecipientRecord
+from remetal.repository.retired import NOBODY
 from remetal.repository.session import Batch, open_session
 from remetal.repository.slots import Slot
 from remetal.repository.snapshots import ImageRecord, check_image, decode_body
@@ -56,7 +57,7 @@ def content(piece: Piece) -> bytes:
 
 
 @given(pieces, st.integers(1, CHUNK), st.integers(1, 5), st.integers(1, 3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_image_comes_back(image: list[Piece], last: int, chunks: int, workers: int) -> None:
     site = _SITE.copy()
     data = b"".join(content(piece) for piece in image)
@@ -82,7 +83,7 @@ def test_any_image_comes_back(image: list[Piece], last: int, chunks: int, worker
 
 
 @given(st.lists(st.tuples(st.sampled_from([HOLE, ZERO, DATA]), st.integers(1, 400)), min_size=1, max_size=12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_pages_come_back_and_are_the_same_for_the_same(runs: list[tuple[int, int]]) -> None:
     slots = min(sum(length for _, length in runs), 4096)
     expected: dict[int, bytes] = {}
@@ -118,7 +119,7 @@ def contents_of(rows: list[tuple[bytes, int, bool]], seed: int) -> Contents:
 
 
 @given(st.lists(entries, min_size=1, max_size=5))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_an_index_comes_back_and_finds_its_chunks(packs: list[list[tuple[bytes, int, bool]]]) -> None:
     contents = [contents_of(rows, number) for number, rows in enumerate(packs)]
     found = decode_index("index", encode_index(contents))
@@ -127,11 +128,11 @@ def test_an_index_comes_back_and_finds_its_chunks(packs: list[list[tuple[bytes, 
     ]
     table = ChunkTable()
     for each in found:
-        table.add(each)
-        table.add(each)
+        table.add([each])
+        table.add([each])
     everything = {identity for rows in packs for identity, _, _ in rows}
-    assert all(table.known(sorted(everything)))
-    assert table.known([os.urandom(32)]) == [False]
+    assert -1 not in table.packs_of(sorted(everything))
+    assert table.packs_of([os.urandom(32)]) == [-1]
     for number, rows in enumerate(packs):
         for ordinal, (identity, _, _) in enumerate(rows):
             place = table.find(identity)
@@ -154,11 +155,11 @@ def test_a_large_table_finds_all_and_nothing_else() -> None:
         rows = np.zeros(10_000, ENTRY)
         rows["id"] = ids[start : start + 10_000]
         rows["word"], rows["plain"] = 100, 200
-        table.add(Contents(number.to_bytes(32, "big"), 2 << 20, 1000, rows))
+        table.add([Contents(number.to_bytes(32, "big"), 2 << 20, 1000, rows)])
     assert len(table) == 200_000
     chosen = [ids[each].tobytes() for each in random.integers(0, len(ids), 50)]
-    assert table.known(chosen) == [True] * 50
-    assert table.known([os.urandom(32) for _ in range(50)]) == [False] * 50
+    assert -1 not in table.packs_of(chosen)
+    assert table.packs_of([os.urandom(32) for _ in range(50)]) == [-1] * 50
     assert table.packs_of([ids[123_456].tobytes(), os.urandom(32)]) == [12, -1]
 
 
@@ -171,7 +172,7 @@ hostile = st.one_of(
 
 
 @given(hostile)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_hostile_bytes_are_damage_and_nothing_else(data: bytes) -> None:
     machine = _SITE.keys.stored.record
     zipped = zstandard.ZstdCompressor().compress(data)
@@ -180,7 +181,7 @@ def test_hostile_bytes_are_damage_and_nothing_else(data: bytes) -> None:
         lambda: decode_page("n", data, 4096),
         lambda: decode_body("n", data),
         lambda: decode_body("n", zipped),
-        lambda: open_envelope("n", data, machine, {}),
+        lambda: open_envelope("n", data, machine, NOBODY),
         lambda: open_pack("n", data, _SITE.key),
         lambda: decode_json("n", data, Slot),
         lambda: decode_json("n", data, MachineRecord),
@@ -195,7 +196,7 @@ def test_hostile_bytes_are_damage_and_nothing_else(data: bytes) -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_hostile_counts_in_whole_records(count: int, chunks: int) -> None:
     body = bytearray(encode_index([contents_of([(b"x" * 32, 500, False)], 1)]))
     body[0:4] = count.to_bytes(4, "little")
@@ -246,7 +247,7 @@ def test_more_chunks_than_a_pack_may_have() -> None:
 
 
 @given(st.binary(min_size=32, max_size=32), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_kit_comes_back_and_a_slip_is_found(seed: bytes, data: st.DataObject) -> None:
     kit = RecoveryKit("ab" * 16, "cd" * 16, "/mnt/usb", "2025-01-01T00:00:00Z", seed)
     assert parse_kit(kit.text()) == ("ab" * 16, seed)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import msgspec
 import msgspec.structs
-from hypothesis import HealthCheck, assume, event, given, settings
+from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
 from remetal.errors import RefusedError, UsageError
@@ -59,7 +59,6 @@ Case = tuple[Layout, dict[SpaceId, ImageFacts], dict[str, Target], PlanOptions]
 Range = tuple[SpaceId, int, int]
 
 CHANGES = [0, 0, 0, 512, 4096, MIB, 50 * MIB, 2000 * MIB + 7 * 512, -512, -MIB, -7 * MIB, -40 * MIB, -500 * MIB]
-relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
 def images_of(layout: Layout) -> dict[SpaceId, ImageFacts]:
@@ -180,7 +179,7 @@ def written_ranges(found: Plan) -> Iterator[tuple[object, Range]]:
                 yield ("member", space), (device.name, start, start + size)
 
 
-@settings(relaxed, max_examples=400)
+@settings(max_examples=400)
 @given(cases())
 def test_steps_keep_apart_and_inside_of_their_devices(case: Case) -> None:
     found = plan_or_none(case)
@@ -203,7 +202,7 @@ def test_steps_keep_apart_and_inside_of_their_devices(case: Case) -> None:
         assert found.result.disk(name).size <= target.size if name in found.targets else True
 
 
-@settings(relaxed, max_examples=300)
+@settings(max_examples=300)
 @given(cases())
 def test_everything_has_its_turn(case: Case) -> None:
     """What stands on something comes after it: disks, tables, containers, volumes, growth, boot code."""
@@ -265,7 +264,7 @@ def needed_by(step: Step) -> tuple[SpaceId, ...]:
             return spaces_of(step.group)
 
 
-@settings(relaxed, max_examples=300)
+@settings(max_examples=300)
 @given(cases())
 def test_everything_comes_back_or_is_said_to_be_dropped(case: Case) -> None:
     layout, images, _, options = case
@@ -287,7 +286,7 @@ def test_everything_comes_back_or_is_said_to_be_dropped(case: Case) -> None:
     assert decode_layout(encode_layout(found.result)) == found.result
 
 
-@settings(relaxed, max_examples=300)
+@settings(max_examples=300)
 @given(cases())
 def test_rooms_add_up(case: Case) -> None:
     layout, _, _, options = case
@@ -357,7 +356,7 @@ def table_over(disk: Disk) -> GptTable:
     return GptTable(on=disk.name, disk_guid=guid, entry_count=128, partitions=(partition,), protective_mbr=bytes(512))
 
 
-@settings(relaxed, max_examples=300)
+@settings(max_examples=300)
 @given(st.one_of(cases(), spanning_cases(), spanning_cases()))
 def test_what_shrinks_has_room_for_what_it_holds(case: Case) -> None:
     found = plan_or_none(case)
@@ -426,7 +425,7 @@ def check_luks(luks: Luks, layout: Layout) -> None:
     assert luks.fixed or luks.size == room - room % luks.sector_size
 
 
-@settings(relaxed, max_examples=200)
+@settings(max_examples=200)
 @given(cases(), st.randoms(use_true_random=False))
 def test_the_same_gives_the_same(case: Case, random: object) -> None:
     layout, images, targets, options = case
@@ -450,14 +449,14 @@ def test_the_same_gives_the_same(case: Case, random: object) -> None:
     assert later.steps == found.steps
 
 
-@settings(relaxed, max_examples=200)
+@settings(max_examples=200)
 @given(stacked_layouts())
 def test_layouts_survive_their_record(layout: Layout) -> None:
     check_layout(layout)
     assert decode_layout(encode_layout(layout)) == layout
 
 
-@settings(relaxed, max_examples=150)
+@settings(max_examples=150)
 @given(stacked_layouts(), st.sampled_from([512, 4096]))
 def test_the_same_disks_take_it_as_it_was(layout: Layout, sector: int) -> None:
     """Onto disks like those of the source everything goes as it was."""
@@ -508,7 +507,7 @@ def below(space: SpaceId, layout: Layout) -> set[SpaceId]:
     return found
 
 
-@settings(relaxed, max_examples=200)
+@settings(max_examples=200)
 @given(partial_cases("keep"))
 def test_what_is_kept_is_not_touched(case: Case) -> None:
     """Neither are its bytes, nor what it is made of: a container under it is opened as it stands, or not at all."""
@@ -528,7 +527,7 @@ def test_what_is_kept_is_not_touched(case: Case) -> None:
                 assert step.volume.removesuffix(":header") not in under, f"{step} writes below {space}, which is kept"
 
 
-@settings(relaxed, max_examples=200)
+@settings(max_examples=200)
 @given(partial_cases("only"))
 def test_only_what_is_chosen_is_written(case: Case) -> None:
     found = plan_or_none(case, overwrite=True)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from remetal.image.capture import plan_stretches
-from remetal.image.extents import Extent
+from remetal.image.ranges import Extent
 
 CHUNK = 64
 

@@ -16,7 +16,8 @@ from random import Random
 
 from lab.manifest import Manifest, compare_manifests, take_manifest
 from remetal.events import Event, Report
-from remetal.image.extents import Extent, probe_used, probe_used_spanning
+from remetal.image.extents import probe_used, probe_used_spanning
+from remetal.image.ranges import Extent
 from remetal.layout.layers import GROWING
 from remetal.layout.layers.contract import Content
 from remetal.layout.model import FileSystem
@@ -253,7 +254,7 @@ def prove_growth(name: str, seed: int, folder: Path, factor: float) -> None:
 def _used(place: Span, kind: Kind, report: Report) -> list[Extent]:
     if kind.type == "btrfs":
         return probe_used_spanning({1: place}, report=report)[1]
-    return probe_used(place, kind.type, report=report)
+    return list(probe_used(place, kind.type, report=report))
 
 
 def _make_garbage(path: Path, size: int, chance: Random) -> None:

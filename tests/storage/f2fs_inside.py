@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lab.manifest import compare_manifests, take_manifest
 from remetal.events import Event, Warn
-from remetal.image.extents import Extent, probe_used
+from remetal.image.extents import probe_used
+from remetal.image.ranges import Extent
 from remetal.layout.layers import f2fs as layer
 from remetal.system.blockdev import Span
 from remetal.system.loop import attach_loop

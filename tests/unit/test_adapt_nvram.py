@@ -161,7 +161,7 @@ def test_a_firmware_that_refuses_is_told_of(tmp_path: Path) -> None:
 
 
 @given(st.binary(max_size=200))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_hostile_entries_raise_only_value_errors(data: bytes) -> None:
     for hostile in (data, HAND_LAID[: len(data)], HAND_LAID[:22] + data, HAND_LAID[:4] + data):
         with contextlib.suppress(ValueError):
@@ -184,6 +184,6 @@ def test_hostile_entries_raise_only_value_errors(data: bytes) -> None:
         extra=st.binary(max_size=10),
     )
 )
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_entries_round_trip(entry: BootEntry) -> None:
     assert parse_entry(encode_entry(entry)) == entry

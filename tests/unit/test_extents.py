@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 
 from remetal.errors import RemetalError
 from remetal.events import Event, Warn
-from remetal.image.extents import Extent, clip, parse_ext_map, parse_xfs_map, probe_used, total
+from remetal.image.extents import clip, parse_ext_map, parse_xfs_map, probe_used, total
+from remetal.image.ranges import Extent, Extents
 from remetal.system.blockdev import Span
 from remetal.system.loop import attach_loop
 from remetal.system.mounts import mounted
@@ -47,7 +49,7 @@ def probe_partclone(program: str, place: Span, folder: Path) -> set[int]:
     return parse_partclone((folder / "map").read_text())
 
 
-def sectors_of(extents: list[Extent]) -> set[int]:
+def sectors_of(extents: Sequence[Extent]) -> set[int]:
     """Return the numbers of the 512-byte sectors in extents."""
     return {sector for each in extents for sector in range(each.start // 512, each.end // 512)}
 
@@ -58,10 +60,15 @@ XFS_HEAD = "blocksize = 4096\ndblocks = 100\nagblocks = 50\nfdblocks = {free}\n 
 
 def test_what_is_not_free_is_used() -> None:
     text = EXT_HEAD.format(free=13) + "  Free blocks: 10-19, 30\n  Free blocks: \n  Free blocks: 98-99\n"
-    assert parse_ext_map(text) == [Extent(0, 10240), Extent(20480, 10240), Extent(31744, 68608)]
-    rows = "       1        0        5\n       0        6        4\n"
-    found = parse_xfs_map(XFS_HEAD.format(free=9) + rows)
-    assert found == [Extent(0, 6 * 4096), Extent(10 * 4096, 40 * 4096), Extent(55 * 4096, 45 * 4096)]
+    assert parse_ext_map(text.splitlines()) == [Extent(0, 10240), Extent(20480, 10240), Extent(31744, 68608)]
+    rows = "       0        6        4\n       0        1        1\n       1        0        5\n"
+    found = parse_xfs_map((XFS_HEAD.format(free=10) + rows).splitlines())
+    assert found == [
+        Extent(0, 4096),
+        Extent(2 * 4096, 4 * 4096),
+        Extent(10 * 4096, 40 * 4096),
+        Extent(55 * 4096, 45 * 4096),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +77,7 @@ def test_what_is_not_free_is_used() -> None:
 )
 def test_an_ext_map_that_makes_no_sense_is_refused(lines: str) -> None:
     with pytest.raises(RemetalError, match="free"):
-        parse_ext_map(EXT_HEAD.format(free=12) + lines)
+        parse_ext_map((EXT_HEAD.format(free=12) + lines).splitlines())
 
 
 @pytest.mark.parametrize(
@@ -78,13 +85,27 @@ def test_an_ext_map_that_makes_no_sense_is_refused(lines: str) -> None:
 )
 def test_an_xfs_map_that_makes_no_sense_is_refused(rows: str) -> None:
     with pytest.raises(RemetalError, match="free"):
-        parse_xfs_map(XFS_HEAD.format(free=50) + rows)
+        parse_xfs_map((XFS_HEAD.format(free=50) + rows).splitlines())
+
+
+def test_very_many_extents_are_kept_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("remetal.image.ranges.WAITING", 10)
+    for count in (0, 1, 9, 10, 11, 20, 35):
+        plain = [Extent(100 * number, 1 + number) for number in range(count)]
+        extents = Extents(plain)
+        assert extents == plain
+        assert list(extents) == plain
+        assert [extents[number] for number in range(count)] == plain
+        assert extents[3:25:4] == plain[3:25:4]
+        assert extents != [*plain, Extent(10_000, 1)]
+        with pytest.raises(IndexError):
+            extents[count]
 
 
 def test_a_map_without_sizes_is_refused() -> None:
     for parse in (parse_ext_map, parse_xfs_map):
         with pytest.raises(RemetalError, match="size"):
-            parse("")
+            parse([])
 
 
 def test_extents_are_cut_at_the_volume_end() -> None:

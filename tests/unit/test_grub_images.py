@@ -107,7 +107,7 @@ def test_an_empty_list_of_runs_is_refused(core: bytes) -> None:
 
 
 @given(data=st.binary(max_size=2048))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_hostile_bytes_raise_nothing_else(data: bytes) -> None:
     images.find_core_sector(data)
     for hostile in (data, DISKBOOT[:0x150] + data, DISKBOOT[:500] + data):
@@ -120,7 +120,7 @@ def test_hostile_bytes_raise_nothing_else(data: bytes) -> None:
     pieces=st.lists(st.tuples(st.integers(1, 1 << 40), st.integers(1, 600)), min_size=1, max_size=12),
     sector=st.just(DISKBOOT),
 )
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_runs_round_trip(pieces: list[tuple[int, int]], sector: bytes) -> None:
     segment, runs = 0x820, []
     for start, count in pieces:
@@ -133,7 +133,7 @@ def test_runs_round_trip(pieces: list[tuple[int, int]], sector: bytes) -> None:
 
 
 @given(shift=st.integers(-1000, 1 << 20), counts=st.lists(st.integers(1, 50), min_size=1, max_size=4))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_moving_all_sectors_by_one_shift_keeps_the_runs(shift: int, counts: list[int]) -> None:
     start, segment, runs = 2000, 0x820, []
     for count in counts:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,11 +18,11 @@ from remetal.repository.check import check_repository
 from remetal.repository.forget import forget_snapshots
 from remetal.repository.prune import prune_machine
 from remetal.repository.repository import open_repository
-from remetal.storage import LocalStore, NotFoundError, open_store
+from remetal.storage import AlreadyExistsError, LocalStore, NotFoundError, local, open_store
 from remetal.storage.local import rename_new
 from remetal.system.blockdev import Span
 from remetal.system.loop import attach_loop
-from remetal.system.mounts import mounted
+from remetal.system.mounts import find_mount_of, mounted
 from remetal.system.run import run
 from remetal.units import MIB
 from tests.repositories import Site, backup, make_site, restore
@@ -192,3 +194,36 @@ def test_locations_of_folders(tmp_path: Path) -> None:
     open_store(str(tmp_path / "a")).put("config", [b"1"])
     assert open_store(f"file://{tmp_path}/a").get("config") == b"1"
     assert open_store(f"file://localhost{tmp_path}/a").get("config") == b"1"
+
+
+def test_a_link_whose_answer_was_lost_counts_as_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server of NFS may be asked twice for one link, and then says that it is there already: so it is."""
+    whole = os.link
+
+    def link(source: Path, target: Path) -> None:
+        whole(source, target)
+        raise FileExistsError(errno.EEXIST, "File exists")
+
+    monkeypatch.setattr(os, "link", link)
+    store = LocalStore(tmp_path)
+    store.put("config", [b"x"])
+    monkeypatch.undo()
+    assert store.get("config") == b"x"
+    with pytest.raises(AlreadyExistsError):
+        LocalStore(tmp_path).put("config", [b"y"])
+
+
+def test_where_others_write_too_only_what_is_old_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "_file_system", lambda folder: 0x6969)
+    (tmp_path / ".tmp").mkdir()
+    for name in ("fresh", "old"):
+        (tmp_path / ".tmp" / name).write_bytes(b"half")
+    os.utime(tmp_path / ".tmp" / "old", (0, time.time() - 2 * local._ABANDONED))
+    LocalStore(tmp_path).put("config", [b"x"])
+    assert sorted(path.name for path in (tmp_path / ".tmp").iterdir()) == ["fresh", "reserve"]
+
+
+def test_the_kind_of_a_file_system(tmp_path: Path) -> None:
+    kinds = {"ext4": 0xEF53, "tmpfs": 0x01021994, "overlay": 0x794C7630, "xfs": 0x58465342, "btrfs": 0x9123683E}
+    assert local._file_system(tmp_path) == kinds[find_mount_of(tmp_path).kind]
+    assert local._file_system(tmp_path / "absent") == 0

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from remetal.events import Event, Warn
-from remetal.image.extents import Extent, probe_used
+from remetal.image.extents import probe_used
+from remetal.image.ranges import Extent
 from remetal.ondisk.bitmaps import UncleanError
 from remetal.ondisk.exfat import parse_exfat, read_used
 from remetal.ondisk.regions import BadStructureError, Read
@@ -135,7 +136,7 @@ def test_with_two_tables_both_bitmaps_count(tmp_path: Path) -> None:
         data[FLAGS] = active
         found = parse_exfat(reader(bytes(data)), SIZE)
         assert found.features == ("texfat",)
-        used = read_used(reader(bytes(data)), SIZE)
+        used = list(read_used(reader(bytes(data)), SIZE))
         assert (heap + (other - 2) * 4096, 4096) in used
         assert (heap + (second - 2) * 4096, 4096) in used
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 import subprocess
@@ -11,11 +12,12 @@ from typing import Any
 import pytest
 
 from remetal.events import Event, Warn
-from remetal.image.extents import Extent, probe_used
+from remetal.image.extents import probe_used
+from remetal.image.ranges import Extent
 from remetal.layout.layers import ntfs as layer
 from remetal.layout.layers.contract import Content
 from remetal.ondisk.bitmaps import UncleanError
-from remetal.ondisk.ntfs import parse_ntfs, read_used
+from remetal.ondisk.ntfs import find_memory_files, parse_ntfs, read_used
 from remetal.ondisk.regions import BadStructureError, Read
 from remetal.system.blockdev import Span
 from remetal.system.loop import attach_loop
@@ -85,7 +87,7 @@ def test_a_fresh_volume(tmp_path: Path) -> None:
     assert (found.size, found.cluster_size, found.sector_size, found.label) == (SIZE, 4096, 512, "wörter ☃")
     assert found.features == ("ntfs3.1",)
     assert judge(disk) == CLEAN
-    used = read_used(reader(disk), SIZE)
+    used = list(read_used(reader(disk), SIZE))
     assert sum(size for _, size in used) == found.used < SIZE // 4
     assert used[-1] == (SIZE - 4096, 4096), "the backup boot sector lies behind the last whole cluster"
 
@@ -244,7 +246,7 @@ def test_growth_leaves_a_backup_boot_sector_at_the_end_of_the_space(
     data = disk.read_bytes()
     assert data[room - before.sector_size :][:84] == data[:84]
     program("ntfsfix", "--clear-dirty", disk)
-    used = read_used(reader(disk), room)
+    used = list(read_used(reader(disk), room))
     assert used[-1][0] + used[-1][1] == room, "that sector is captured, too"
     assert layer.apply_growth(place, size) == 0
 
@@ -266,3 +268,79 @@ def test_a_torn_record_is_not_believed(tmp_path: Path) -> None:
     patch(disk, table * 4096 + 6 * 1024 + 510, b"\xaa\xbb")
     with pytest.raises(BadStructureError, match="only in part"):
         parse_ntfs(reader(disk), SIZE)
+
+
+def test_where_the_files_lie_that_only_a_running_windows_needs(tmp_path: Path) -> None:
+    disk = make(tmp_path / "disk.img", 2 * SIZE)
+    content = {name: os.urandom(size) for name, size in {"pagefile.sys": 3 * MIB + 5, "Swapfile.sys": MIB}.items()}
+    with attach_loop(Span(disk, 0, 2 * SIZE), writable=True) as device, mounted(device, kind="ntfs-3g") as root:
+        for number in range(500):
+            (root / f"p{number}").touch()
+        (root / "hiberfil.sys").write_bytes(bytes(MIB))
+        (root / "pagefile.sys.old").write_bytes(bytes(MIB))
+        with (root / "pagefile.sys").open("wb") as page, (root / "between").open("wb") as other:
+            for place in range(0, 3 * MIB + 5, MIB // 2):
+                page.write(content["pagefile.sys"][place : place + MIB // 2])
+                page.flush()
+                other.write(bytes(4096))
+                other.flush()
+        (root / "Swapfile.sys").write_bytes(content["Swapfile.sys"])
+    found = find_memory_files(reader(disk), 2 * SIZE)
+    assert list(found) == ["hiberfil.sys", "pagefile.sys", "swapfile.sys"]
+    for name, data in content.items():
+        stored = b"".join(reader(disk)(start, size) for start, size in found[name.lower()])
+        assert stored[: len(data)] == data
+        assert len(stored) - len(data) < 4096
+        assert subprocess.run(["ntfscat", disk, f"/{name}"], check=True, capture_output=True).stdout == data
+    for name in content:
+        for start, size in found[name.lower()]:
+            patch(disk, start, bytes(size))
+    assert judge(disk) == CLEAN
+    program("ntfsfix", "--no-action", disk)
+    found_then = subprocess.run(["ntfscat", disk, "/pagefile.sys"], check=True, capture_output=True).stdout
+    assert found_then == bytes(3 * MIB + 5)
+
+
+@pytest.mark.parametrize("what", ["another name", "compressed", "sparse", "resident", "folder", "hibernated", "dirty"])
+def test_a_page_file_that_is_none_of_the_usual_is_captured(tmp_path: Path, what: str) -> None:
+    disk = make(tmp_path / "disk.img")
+    with (
+        attach_loop(Span(disk, 0, SIZE), writable=True) as device,
+        mounted(device, kind="ntfs-3g", options=("compression",)) as root,
+    ):
+        place = root / "pagefile.sys"
+        match what:
+            case "another name":
+                place.write_bytes(bytes(MIB))
+                os.link(place, root / "other")
+            case "compressed":
+                os.setxattr(root, "system.ntfs_attrib_be", struct.pack(">I", 0x800 | 0x10))
+                place.write_bytes(b"ab" * MIB)
+            case "sparse":
+                place.write_bytes(b"x" * 100_000)
+                os.truncate(place, MIB)
+                with place.open("r+b") as file:
+                    file.seek(8 * MIB)
+                    file.write(b"x" * 5000)
+            case "resident":
+                place.write_bytes(b"small")
+            case "folder":
+                place.mkdir()
+            case "hibernated":
+                place.write_bytes(bytes(MIB))
+                (root / "hiberfil.sys").write_bytes(b"HIBR" + bytes(5000))
+            case _:
+                place.write_bytes(bytes(MIB))
+    if what == "dirty":
+        patch(disk, place_of(disk, 2), restart_page(parse_size(program("ntfsinfo", "-v", "-i", "2", disk))))
+        patch(disk, place_of(disk, 2) + 4096, restart_page(parse_size(program("ntfsinfo", "-v", "-i", "2", disk))))
+    if what in {"hibernated", "dirty"}:
+        with pytest.raises(UncleanError):
+            find_memory_files(reader(disk), SIZE)
+    else:
+        assert find_memory_files(reader(disk), SIZE) == {}
+    if what in {"compressed", "sparse"}:
+        told = program("ntfsinfo", "-v", "-F", "pagefile.sys", disk)
+        flags = re.search(r"attribute \$DATA .*?Attribute flags:\s+(\w+)", told, re.DOTALL)
+        assert flags is not None
+        assert flags[1] == {"compressed": "0x0001", "sparse": "0x8000"}[what]

@@ -21,6 +21,7 @@ from remetal.layout.layers.remaking import Remake
 from remetal.layout.making import BtrfsMaking, ExtMaking, FatMaking, Making, XfsMaking, is_possible_making
 from remetal.layout.model import FileSystem
 from remetal.layout.remake import apply_remake, is_remade, plan_remake
+from remetal.ondisk.btrfs import CHUNK_KINDS
 from remetal.ondisk.ext import count_in_blocks
 from remetal.system.blockdev import Span, open_disk
 from remetal.system.loop import attach_loop
@@ -376,8 +377,40 @@ def test_the_bound_is_near_what_is_used() -> None:
         assert 0.9 * volume.used < found.needed < 1.15 * volume.used
 
 
+counts = st.integers(0, 1 << 62)
+powers = st.integers(0, 40).map(lambda bit: 1 << bit)
+words = st.text("az09_-", min_size=1, max_size=32)
 makings: st.SearchStrategy[Making] = st.one_of(
-    st.from_type(ExtMaking), st.from_type(XfsMaking), st.from_type(FatMaking), st.from_type(BtrfsMaking)
+    st.builds(
+        ExtMaking,
+        inodes=st.integers(1 << 20, (1 << 32) - 1),
+        inodes_used=st.integers(0, 1 << 20),
+        inode_size=powers.map(lambda size: 128 * size),
+        flex_groups=powers,
+        reserved=counts,
+        journal=counts,
+        in_pages=counts,
+        errors=words,
+        mount_options=st.lists(words, max_size=3).map(tuple),
+        mount_text=st.text("az, $(", max_size=40),
+        hash_algorithm=st.sampled_from(["", "half_md4", "tea"]),
+        hash_seed=st.sampled_from(["", "01234567-89ab-cdef-0123-456789abcdef"]),
+    ),
+    st.builds(
+        XfsMaking,
+        sector_size=powers,
+        inode_size=powers,
+        directory_block=powers,
+        inodes=st.integers(1 << 40, 1 << 62),
+        inodes_used=st.integers(0, 1 << 40),
+        groups=st.integers(1, 1 << 40),
+        group_size=st.integers(1, 1 << 40),
+        inode_percent=st.integers(0, 100),
+        log=counts,
+        shared=counts,
+    ),
+    st.builds(FatMaking, chains=counts, root_entries=counts),
+    st.builds(BtrfsMaking, chunks=st.lists(st.sampled_from(sorted(CHUNK_KINDS)), unique=True).map(tuple)),
 ).filter(is_possible_making)
 
 

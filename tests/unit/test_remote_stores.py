@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from remetal.errors import RefusedError, RemetalError, UnavailableError, UsageError
+from remetal.pace import Pace
 from remetal.repository.catalog import open_catalog
 from remetal.repository.check import check_repository
 from remetal.repository.repository import open_repository
@@ -288,7 +289,7 @@ def test_the_limit_holds_on_the_long_run() -> None:
     def sleep(seconds: float) -> None:
         now[0] += seconds
 
-    store = LimitedStore(MemoryStore(), 1000, sleep=sleep, clock=lambda: now[0])
+    store = LimitedStore(MemoryStore(), Pace(1000, sleep=sleep, clock=lambda: now[0]))
     for number in range(10):
         store.put(f"{number}", [bytes(500)])
     for number in range(10):

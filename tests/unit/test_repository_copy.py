@@ -11,8 +11,7 @@ from remetal.repository.copy import copy_repository
 from remetal.repository.forget import forget_snapshots
 from remetal.repository.prune import prune_machine
 from remetal.repository.repository import add_passphrase, open_repository, remove_passphrase
-from tests.repositories import CHUNK, MemoryStore, Site, StoreDiedError, backup, die_at, make_site, restore
-from tests.unit.test_repository_prune import noise
+from tests.repositories import CHUNK, MemoryStore, Site, StoreDiedError, backup, die_at, make_site, noise, restore
 
 _DATA = [noise("copy a", 4), noise("copy b", 3) + noise("copy a", 2), noise("copy c", 2)]
 
@@ -100,13 +99,26 @@ def test_what_is_damaged_is_told_and_not_copied(site: Site, prefix: str) -> None
     name = next(entry.name for entry in site.store.entries(prefix))
     good = site.store.objects[name]
     site.store.objects[name] = good[:-1] + bytes([good[-1] ^ 1])
+    parity = {each.name: site.store.objects.pop(each.name) for each in list(site.store.entries("parity/"))}
     target = MemoryStore()
     result = copy_repository(site.store, target)
     assert any(name in problem for problem in result.problems)
     assert name not in target.objects
-    site.store.objects[name] = good
+    site.store.objects |= {name: good, **parity}
     assert copy_repository(site.store, target).problems == []
     assert target.objects == site.store.objects
+
+
+def test_a_damaged_pack_that_parity_can_rebuild_is_whole_in_the_copy(site: Site) -> None:
+    for name in [entry.name for entry in site.store.entries("packs/")]:
+        good = site.store.objects[name]
+        site.store.objects[name] = good[:-1] + bytes([good[-1] ^ 1])
+        target = MemoryStore()
+        (problem,) = copy_repository(site.store, target).problems
+        assert name in problem
+        assert "the copy is whole" in problem
+        sound(at(site, target), _DATA[:2])
+        site.store.objects[name] = good
 
 
 def test_what_was_cut_short_at_the_target_is_mended(site: Site) -> None:

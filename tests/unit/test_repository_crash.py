@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -15,12 +16,13 @@ from remetal.errors import RefusedError, RemetalError, UnavailableError
 from remetal.repository import encoder
 from remetal.repository.catalog import open_catalog
 from remetal.repository.check import check_repository
-from remetal.repository.locks import LEASE, LockRecord, _process_start, _this_process, hold_machine, is_stale
+from remetal.repository.locks import LEASE, LockRecord, _this_process, hold_machine, is_stale
 from remetal.repository.machines import MachineKeys
 from remetal.repository.objects import encode_json
-from remetal.repository.packs import Codec
+from remetal.repository.packs import Codec, Encoding
 from remetal.repository.repository import add_recipient, enroll_machine, init_repository, list_keys, open_repository
 from remetal.repository.session import Batch, open_session
+from remetal.system.locks import process_start
 from tests.repositories import CHUNK, MemoryStore, Site, StoreDiedError, backup, die_at, make_site, restore, write
 
 _FIRST = os.urandom(4 * CHUNK)
@@ -104,6 +106,28 @@ def test_the_backup_after_a_broken_one_reuses_its_packs(site: Site) -> None:
     assert session.statistics.chunks_known > 3
 
 
+@pytest.mark.usefixtures("many_packs")
+def test_index_objects_grow_with_what_is_stored(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So there are not many of them, and never is more than a part of the packs in none."""
+    monkeypatch.setattr(encoder, "_SHARE_AT_RISK", 4)
+    before = {entry.name for entry in site.store.entries("index/")}
+    packs, at_risk, indexed = 0, 0, 0
+
+    def step(operation: tuple[str, str]) -> None:
+        nonlocal packs, at_risk, indexed
+        packs += operation[1].startswith("packs/")
+        if operation[1].startswith("index/"):
+            indexed = packs
+        elif packs > 20:
+            at_risk = max(at_risk, packs - indexed - packs // 4)
+
+    site.store.before = step
+    backup(site, os.urandom(120 * CHUNK))
+    assert packs >= 60
+    assert at_risk <= 2 + encoder.UPLOADERS
+    assert 5 < len({entry.name for entry in site.store.entries("index/")} - before) < 20
+
+
 def test_leaving_without_commit_lists_nothing_and_keeps_the_chunks(site: Site) -> None:
     with open_session(site.repository, site.keys) as session:
         write(session, _SECOND)
@@ -168,9 +192,9 @@ def test_a_computer_that_miscalculates_is_told_and_stores_nothing(site: Site, mo
     """The compressor is made to give other bytes than it should, as bad memory would."""
     encode = Codec.encode
 
-    def faulty(self: Codec, data: memoryview) -> tuple[bytes | memoryview, int]:
-        encoded, flag = encode(self, data)
-        return bytes([encoded[0] ^ 1]) + encoded[1:], flag
+    def faulty(self: Codec, data: memoryview) -> Encoding:
+        encoded = encode(self, data)
+        return Encoding(bytes([encoded.data[0] ^ 1]) + bytes(encoded.data[1:]), encoded.flag)
 
     monkeypatch.setattr(Codec, "encode", faulty)
     packs = len(list(site.store.entries("packs/")))
@@ -245,7 +269,7 @@ def put_lock(site: Site, **changes: object) -> LockRecord:
 
 def test_the_lock_of_a_dead_process_is_taken_over_at_once(site: Site) -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    put_lock(site, pid=process.pid, started=_process_start(process.pid))
+    put_lock(site, pid=process.pid, started=process_start(process.pid))
     with pytest.raises(UnavailableError), open_session(site.repository, site.keys):
         pass
     process.kill()
@@ -267,6 +291,18 @@ def test_when_a_lock_counts_as_left_behind(site: Site) -> None:
     if own.host_id:
         assert is_stale(msgspec.structs.replace(own, boot_id="before"), now=now)
         assert is_stale(msgspec.structs.replace(own, pid=1 << 30), now=now)
+
+
+def test_nobody_is_dead_because_nothing_can_be_read() -> None:
+    """A process without a free descriptor cannot look at others, and must not take their locks over."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        assert process_start(os.getpid()) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert process_start(os.getpid())
+    assert process_start(1 << 30) == 0
 
 
 def test_a_foreign_lock_stands_for_its_lease(site: Site) -> None:
@@ -303,3 +339,10 @@ def test_a_backup_whose_lock_was_taken_over_does_not_commit(site: Site) -> None:
         with pytest.raises(UnavailableError, match="taken over"):
             session.commit(layout=b"{}", hostname="h")
     assert [each.id for each in open_catalog(site.repository, site.key).snapshots()] == [_SNAPSHOT.id]
+
+
+def test_a_description_that_no_reader_would_take_is_refused(site: Site) -> None:
+    entries = len(list(site.store.entries("history/")))
+    with open_session(site.repository, site.keys) as session, pytest.raises(RefusedError, match=r"32\.0 MiB at once"):
+        session.commit(layout=b" " * (33 << 20), hostname="web")
+    assert len(list(site.store.entries("history/"))) == entries

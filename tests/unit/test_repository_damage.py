@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -12,7 +13,8 @@ from remetal.errors import DamagedError, RefusedError, UnavailableError
 from remetal.events import Event, Note
 from remetal.repository.catalog import open_catalog
 from remetal.repository.check import CheckResult, check_repository, rebuild_index
-from remetal.repository.cipher import sign
+from remetal.repository.cipher import digest, sign
+from remetal.repository.encoder import Encoded, Worker
 from remetal.repository.machines import Head, MachineKeys
 from remetal.repository.objects import encode_json, encode_lines, put_named
 from remetal.repository.repository import enroll_machine, open_repository, unlock_with_passphrase
@@ -184,6 +186,8 @@ def test_reading_data_finds_what_hashes_cannot(site: Site) -> None:
 def test_a_lost_pack_is_told_with_its_snapshots(site: Site) -> None:
     name = max(site.store.entries("packs/"), key=lambda entry: entry.size).name
     del site.store.objects[name]
+    for entry in list(site.store.entries("parity/")):
+        del site.store.objects[entry.name]
     result = check(site)
     assert any(name in problem and "missing" in problem for problem in result.problems)
     assert any("sda:1" in problem for problem in result.problems)
@@ -332,3 +336,17 @@ def test_a_machine_record_with_a_hostile_name_is_not_used(site: Site) -> None:
     catalog = open_catalog(site.repository, site.key)
     assert {access.machine.name for access in catalog.machines.values()} == {"web", "good"}
     assert any("cannot be the name" in problem for problem in catalog.problems)
+
+
+def test_a_chunk_of_another_length_than_its_place_is_told(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = Worker.encode
+
+    def in_reverse(self: Worker, first: int, data: memoryview) -> Encoded:
+        encoded = encode(self, first, data)
+        ids = encoded.ids[::-1]
+        return replace(encoded, ids=ids, seal=digest(*ids))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Worker, "encode", in_reverse)
+        backup(site, os.urandom(CHUNK + 77))
+    assert [each for each in check(site).problems if "2 chunks are longer or shorter than their place" in each]

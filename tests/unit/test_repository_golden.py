@@ -20,7 +20,7 @@ from remetal.repository.repository import (
     unlock_with_passphrase,
 )
 from remetal.repository.session import open_session
-from tests.golden.make import golden_image
+from tests.golden.make import LEFT_OUT, golden_image
 from tests.repositories import MemoryStore, Site, restore, write
 
 _FILES = sorted((Path(__file__).parents[1] / "golden").glob("format-*.json"))
@@ -29,7 +29,7 @@ _FILES = sorted((Path(__file__).parents[1] / "golden").glob("format-*.json"))
 @pytest.fixture(params=_FILES, ids=lambda path: path.stem)
 def golden(request: pytest.FixtureRequest) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(request.param.read_text(encoding="utf-8"))
-    return found
+    return found | {"left_out": request.param.stem == "format-1-left-out"}
 
 
 def open_site(golden: dict[str, Any], state: Path) -> Site:
@@ -42,7 +42,7 @@ def open_site(golden: dict[str, Any], state: Path) -> Site:
 
 
 def test_there_is_a_golden_repository() -> None:
-    assert [path.name for path in _FILES] == ["format-1.json"]
+    assert [path.name for path in _FILES] == ["format-1-left-out.json", "format-1.json"]
 
 
 def test_it_is_read_to_the_last_byte(golden: dict[str, Any], tmp_path: Path) -> None:
@@ -58,6 +58,7 @@ def test_it_is_read_to_the_last_byte(golden: dict[str, Any], tmp_path: Path) -> 
         assert restore(site, snapshot, 1) == bytes(10 << 16)
         assert (snapshot.machine, snapshot.hostname, snapshot.tags) == ("golden", "golden.example", ("one", "two"))
         assert (snapshot.time, snapshot.layout) == ("2025-01-02T03:04:05Z", b'{"golden":true}')
+        assert snapshot.left_out == (LEFT_OUT if number and golden["left_out"] else ())
 
 
 def test_the_second_recipient_reads_what_was_sealed_to_it(golden: dict[str, Any], tmp_path: Path) -> None:

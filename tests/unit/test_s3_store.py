@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from botocore.exceptions import EndpointConnectionError
 
 from remetal.errors import RefusedError, UnavailableError, UsageError
 from remetal.repository.catalog import open_catalog
@@ -15,12 +17,12 @@ from remetal.repository.check import check_repository
 from remetal.repository.forget import forget_snapshots
 from remetal.repository.prune import PruneResult, prune_machine
 from remetal.repository.repository import open_repository
-from remetal.storage import NotFoundError, RetainedError, open_store
+from remetal.storage import AlreadyExistsError, NotFoundError, RetainedError, open_store, s3
+from remetal.storage.retry import RetryingStore
 from remetal.storage.s3 import S3Store
 from tests.ceph import Gateway
-from tests.repositories import Site, backup, make_site, restore
+from tests.repositories import Site, backup, make_site, noise, restore
 from tests.servers import free_port
-from tests.unit.test_repository_prune import noise
 
 
 @pytest.fixture
@@ -52,6 +54,91 @@ def locked(client: Any) -> Iterator[S3Store]:
     store = S3Store(f"s3://{name}/repo")
     yield store
     store.close()
+
+
+@pytest.fixture
+def plain(client: Any) -> Iterator[S3Store]:
+    name = f"p-{uuid.uuid4().hex[:12]}"
+    client.create_bucket(Bucket=name)
+    store = S3Store(f"s3://{name}/repo")
+    yield store
+    store.close()
+
+
+LARGE = bytes(range(256)) * (5 << 12) * 4
+"""20 MiB: three parts."""
+
+
+def parts_of(client: Any, store: S3Store, name: str) -> int:
+    """Return of how many parts an object was made: the server writes it into the entity tag."""
+    tag = client.head_object(Bucket=store._bucket, Key=f"repo/{name}")["ETag"].strip('"')
+    return int(tag.partition("-")[2] or 1)
+
+
+def test_a_large_object_goes_in_parts_and_is_created_once(client: Any, versioned: S3Store) -> None:
+    versioned.put("packs/a", [LARGE[:1000], memoryview(LARGE)[1000:]])
+    assert parts_of(client, versioned, "packs/a") == 3
+    assert versioned.get("packs/a") == LARGE
+    for each in (versioned, S3Store(versioned.location)):
+        with pytest.raises(AlreadyExistsError):
+            each.put("packs/a", [LARGE[1:]])
+        assert each.get("packs/a") == LARGE
+
+
+def test_of_two_that_write_a_large_object_at_once_one_wins(versioned: S3Store) -> None:
+    other = S3Store(versioned.location)
+    other.put("locks/open", [b"x"])
+    assert other._find_first("packs/a") is None
+    versioned.put("packs/a", [LARGE])
+    with pytest.raises(AlreadyExistsError):
+        other._need_first("packs/a", other._put_parts("repo/packs/a", LARGE[1:]))
+    assert versioned.get("packs/a") == S3Store(versioned.location).get("packs/a") == LARGE
+
+
+def test_a_provider_that_joins_parts_over_an_object_gets_it_whole(client: Any, plain: S3Store) -> None:
+    plain.put("packs/a", [LARGE])
+    assert plain.get("packs/a") == LARGE
+    assert parts_of(client, plain, "packs/a") == (3 if plain._joins else 1)
+    with pytest.raises(AlreadyExistsError):
+        plain.put("packs/a", [LARGE[1:]])
+    assert plain.get("packs/a") == LARGE
+    assert [entry.name for entry in plain.entries("")] == ["packs/a"]
+
+
+def test_an_upload_that_was_cut_off_is_ended_by_a_later_writer(
+    client: Any, versioned: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = {"Bucket": versioned._bucket, "Key": "repo/packs/a"}
+    upload = client.create_multipart_upload(**place)["UploadId"]
+    client.upload_part(**place, UploadId=upload, PartNumber=1, Body=LARGE[: 5 << 20])
+    versioned.put("packs/b", [b"small"])
+    assert len(client.list_multipart_uploads(Bucket=versioned._bucket)["Uploads"]) == 1
+    time.sleep(2.1)  # the server tells whole seconds
+    monkeypatch.setattr(s3, "_ABANDONED", timedelta(seconds=1))
+    S3Store(versioned.location).put("packs/c", [b"small"])
+    assert "Uploads" not in client.list_multipart_uploads(Bucket=versioned._bucket)
+    versioned.put("packs/a", [LARGE])
+    assert versioned.get("packs/a") == LARGE
+
+
+def test_a_part_that_fails_leaves_nothing_and_the_next_attempt_succeeds(
+    client: Any, versioned: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versioned.put("locks/open", [b"x"])
+    whole = versioned._client.upload_part
+    failed: list[str] = []
+
+    def upload_part(**words: Any) -> Any:
+        if words["PartNumber"] == 2 and not failed:
+            failed.append(words["UploadId"])
+            raise EndpointConnectionError(endpoint_url="http://away")
+        return whole(**words)
+
+    monkeypatch.setattr(versioned._client, "upload_part", upload_part)
+    RetryingStore(versioned, sleep=lambda seconds: None).put("packs/a", [LARGE])
+    assert failed
+    assert versioned.get("packs/a") == LARGE
+    assert "Uploads" not in client.list_multipart_uploads(Bucket=versioned._bucket)
 
 
 def test_garbage_over_an_object_changes_nothing(client: Any, versioned: S3Store) -> None:

@@ -25,6 +25,7 @@ from remetal.system.blockdev import (
     reread_partitions,
 )
 from remetal.system.loop import attach_loop, open_device
+from remetal.units import KIB, MIB
 
 SIZE = 3 * PAGE + 512
 ODD = 3 * PAGE + 77
@@ -49,7 +50,7 @@ def test_a_span_reads_as_a_person_would_write_it() -> None:
 @pytest.mark.parametrize("size", [SIZE, ODD])
 @pytest.mark.parametrize("direct", [False, True])
 @given(offset=st.integers(0, ODD + 600), length=st.integers(0, ODD + 600))
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_range_is_read_or_the_end_is_told(
     tmp_path: Path, size: int, direct: bool, offset: int, length: int
 ) -> None:
@@ -241,3 +242,25 @@ def test_a_block_device_under_a_mounted_file_system_is_read_fresh(disk: Path) ->
             os.fsync(file.fileno())
         with open_disk(device, direct=True) as io:
             assert io.read(0, 512) == b"n" * 512
+
+
+def test_holes_of_a_disk_file(tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    with path.open("wb") as file:
+        file.truncate(MIB + 100)
+        file.seek(256 * KIB)
+        file.write(b"x" * 4096)
+    with open_disk(path) as disk:
+        assert disk.is_hole(0, 256 * KIB)
+        assert not disk.is_hole(0, 256 * KIB + 1)
+        assert not disk.is_hole(256 * KIB, 4096)
+        assert disk.is_hole(512 * KIB, 512 * KIB + 100)
+        assert not disk.is_hole(512 * KIB, MIB), "what lies behind the end is no hole: reading it has to fail"
+
+
+def test_a_block_device_has_no_holes(tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    with path.open("wb") as file:
+        file.truncate(MIB)
+    with attach_loop(Span(path, 0, MIB)) as device, open_disk(device) as disk:
+        assert not disk.is_hole(0, MIB)

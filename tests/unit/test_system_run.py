@@ -16,9 +16,11 @@ from remetal.system.run import (
     PACKAGES,
     ProgramFailedError,
     ProgramMissingError,
+    UnbrokenProgram,
     find_program,
     need_programs,
     run,
+    run_lines,
     start,
 )
 
@@ -44,6 +46,38 @@ def test_output_is_returned_whole_and_as_it_came() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (3, b"a\xffb\n", b"err")
     assert done.text == "a\ufffdb\n"
     assert len(run(["head", "-c", "3000000", "/dev/zero"]).stdout) == 3_000_000
+
+
+def test_lines_come_while_the_program_runs(tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    lines = run_lines(["sh", "-c", f"echo one; while [ ! -e {go} ]; do sleep 0.01; done; printf 'tw\\377o\n\nlast'"])
+    assert next(lines) == "one"
+    go.touch()
+    assert list(lines) == ["tw\ufffdo", "", "last"]
+
+
+def test_a_program_whose_lines_nobody_wants_any_more_is_ended() -> None:
+    lines = run_lines(["sh", "-c", "echo $$; yes"])
+    pid = int(next(lines))
+    assert is_alive(pid)
+    lines.close()
+    assert ends(pid)
+
+
+@pytest.mark.parametrize(
+    ("script", "silent", "what"),
+    [
+        ("echo line; echo bad >&2; exit 3", False, "failed with exit code 3: bad"),
+        ("echo line; kill -9 $$", False, "ended by signal 9"),
+        ("echo line; echo odd >&2", True, "complained: odd"),
+    ],
+)
+def test_a_failure_is_told_behind_the_last_line(script: str, silent: bool, what: str) -> None:
+    lines = run_lines(["sh", "-c", script], silent=silent)
+    assert next(lines) == "line"
+    with pytest.raises(ProgramFailedError, match=what):
+        next(lines)
+    assert list(run_lines(["sh", "-c", "echo line; echo odd >&2"])) == ["line"]
 
 
 def test_input_is_what_is_given_or_nothing() -> None:
@@ -124,6 +158,10 @@ def test_all_missing_programs_are_named_at_once(monkeypatch: pytest.MonkeyPatch,
     assert caught.value.hint.endswith("apt-get install mtools xfsprogs")
 
 
+BROUGHT = {"mariadb-client": "mariadb-client-core", "postgresql-client": "postgresql-client-common"}
+"""What a package brings that has no program itself, but whose name is the same in every release."""
+
+
 def test_every_named_package_is_the_one_that_has_the_program() -> None:
     names: dict[str, set[str]] = {}
     for program in PACKAGES:
@@ -133,7 +171,7 @@ def test_every_named_package_is_the_one_that_has_the_program() -> None:
     said = run(["dpkg-query", "-S", *sorted(set().union(*names.values()))], allowed=(0, 1)).text
     owners = {path: package for package, _, path in (line.partition(": ") for line in said.splitlines())}
     for program, package in PACKAGES.items():
-        assert package in {owners.get(name) for name in names[program]}, program
+        assert BROUGHT.get(package, package) in {owners.get(name) for name in names[program]}, program
 
 
 def use(way: str, argv: list[str]) -> None:
@@ -219,3 +257,32 @@ def test_a_program_dies_with_us() -> None:
         time.sleep(0.2)
         process.kill()
     assert ends(int(found[0]))
+
+
+def test_a_program_that_must_not_be_broken_outlives_us(tmp_path: Path) -> None:
+    go, done = tmp_path / "go", tmp_path / "done"
+    script = f"while [ ! -e {go} ]; do sleep 0.01; done; echo said; echo more >&2; touch {done}"
+    code = (
+        f"from remetal.system.run import UnbrokenProgram as P\nprint(P(['sh', '-c', {script!r}]).ends(0.1), flush=True)"
+    )
+    code += "\nimport time; time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"False\n"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    go.touch()
+    deadline = time.monotonic() + 10
+    while not done.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert done.exists()
+
+
+def test_what_an_unbroken_program_says_is_told_if_it_fails() -> None:
+    program = UnbrokenProgram(["sh", "-c", "sleep 0.2; echo said; echo why >&2; exit 3"])
+    assert not program.ends(0.01)
+    with pytest.raises(ProgramFailedError, match="sh failed with exit code 3: said / why"):
+        program.ends(10)
+    assert UnbrokenProgram(["true"]).ends(10)
+    with pytest.raises(ProgramMissingError):
+        UnbrokenProgram(["no-such-program"])

@@ -27,7 +27,7 @@ COMMANDS = {
     "plan": ("remetal.cli.restore:plan", "Show what a restore would do, and the plan's id."),
     "restore": ("remetal.cli.restore:restore", "Bring a machine back onto disks."),
     "check": ("remetal.cli.check:check", "Check that everything is as it was written."),
-    "repair": ("remetal.cli.repair:repair", "Make a lost or damaged index anew from the packs."),
+    "repair": ("remetal.cli.repair:repair", "Mend what is damaged, and take that back."),
     "forget": ("remetal.cli.forget:forget", "Forget snapshots, by name or by a policy."),
     "prune": ("remetal.cli.prune:prune", "Delete what no snapshot needs any more."),
     "copy": ("remetal.cli.copy:copy", "Copy a repository to another place."),

@@ -39,5 +39,7 @@ def check(
         f"{result.objects} objects with {format_bytes(result.bytes)} and {result.snapshots} snapshots checked "
         f"in {format_duration(result.seconds)}, {result.depth}: {verdict}."
     )
+    if result.repairable:
+        summary += f" Damaged or missing packs that `remetal repair` rebuilds from parity: {result.repairable}."
     print_result(output, result, *(f"[red]damaged:[/red] {escape(problem)}" for problem in result.problems), summary)
     return DamagedError.exit_code if count else 0

@@ -155,7 +155,8 @@ def _make_answer(repositories: Sequence[tuple[AttachedVolume, str]]) -> Answer:
     if not repositories:
         raise RefusedError(
             "there is no repository on the attached volumes",
-            hint="Attach the disk that holds it, then choose 'Look at the disks again'.",
+            hint="Attach the disk that holds it, then choose 'Look at the disks again'. One on the network is restored "
+            "from a shell: remetal restore latest --repo nfs://SERVER/FOLDER (or smb://, sftp://, s3://, https://).",
         )
     names = [f"/{path} on {volume}" for volume, path in repositories]
     volume, path = repositories[_choose("Restore from which repository?", names, back=True)]

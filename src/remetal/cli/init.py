@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +13,9 @@ from remetal.cli.output import print_result
 from remetal.cli.tables import escape
 from remetal.repository.config import DEFAULT_CHUNK_SIZE
 from remetal.repository.repository import init_repository
-from remetal.storage import open_store
+from remetal.storage import is_redundant
 from remetal.units import format_bytes, parse_bytes
+from remetal.workflows.stores import opened_store
 
 
 def init(
@@ -38,6 +38,15 @@ def init(
             metavar="SIZE",
         ),
     ] = f"{DEFAULT_CHUNK_SIZE // 1024}K",
+    parity: Annotated[
+        bool | None,
+        Parameter(
+            name="--parity",
+            negative="--no-parity",
+            help="Protect packs by parity, for 1/16 more space: a damaged or missing pack is rebuilt from others. "
+            "By default so, but for S3, which keeps everything several times itself; it can not be changed later.",
+        ),
+    ] = None,
     kit_page: Annotated[
         Path | None,
         Parameter(
@@ -56,22 +65,29 @@ def init(
     Example: `remetal init --repo /mnt/usb/backup --kit-page kit.html`
     """
     size = parse_bytes(chunk_size)
-    store = open_store(repo)
-    with closing(store), new_kit_page(kit_page) as write_page:
+    with opened_store(repo) as opened, new_kit_page(kit_page) as write_page:
         passphrase = new_passphrase(passphrase_file, what="the repository")
-        repository, kit = init_repository(store, passphrase=passphrase, chunk_size=size)
+        repository, kit = init_repository(
+            opened.store,
+            passphrase=passphrase,
+            chunk_size=size,
+            parity=not is_redundant(repo) if parity is None else parity,
+        )
         write_page(kit)
+    location = repository.store.location
     result = {
         "repository": repository.config.id,
-        "location": store.location,
+        "location": location,
         "format": repository.config.format,
         "chunk_size": repository.config.chunk_size,
+        "parity": repository.config.parity,
         "kit": kit.text(),
     }
     print_result(
         output,
         result,
-        f"Made repository {repository.config.id} at {escape(store.location)} (chunks of {format_bytes(size)}).\n",
+        f"Made repository {repository.config.id} at {escape(location)} (chunks of {format_bytes(size)}, "
+        f"{'with' if repository.config.parity else 'without'} parity).\n",
         escape(kit.text()),
         "Print this recovery kit and keep it in a safe place. Then: `remetal backup`.",
         lost="The repository is made. Print its recovery kit with `remetal key kit`.",

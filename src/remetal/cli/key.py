@@ -18,6 +18,7 @@ from remetal.errors import RemetalError, UsageError
 from remetal.ids import match_prefix, short
 from remetal.repository.kit import RecoveryKit
 from remetal.repository.repository import (
+    Repository,
     accept_recipients,
     add_passphrase,
     add_recipient,
@@ -27,6 +28,7 @@ from remetal.repository.repository import (
     remove_passphrase,
     remove_recipient,
 )
+from remetal.repository.retire import retire_machine
 from remetal.workflows.access import find_local_keys, opened_repository, unlock
 
 app = App(
@@ -54,7 +56,7 @@ KitPage = Annotated[
 @app.command(name="list")
 def list_all(*, repo: Repo, output: Output = Output()) -> None:
     """List recipients, passphrases and enrolled machines. No passphrase is needed."""
-    with opened_repository(repo) as repository:
+    with opened_repository(repo, read_only=True) as repository:
         keys = list_keys(repository)
     print_result(output, msgspec.to_builtins(keys), key_table(keys))
 
@@ -68,7 +70,7 @@ def kit(
     output: Output = Output(),
 ) -> None:
     """Print the recovery kit again: the private key on paper. Whoever holds it can restore everything."""
-    with new_kit_page(kit_page) as write_page, opened_repository(repo) as repository:
+    with new_kit_page(kit_page) as write_page, opened_repository(repo, read_only=True) as repository:
         made = make_kit(repository, unlock(repository, need_secret(credentials)))
         write_page(made)
     _print_kit(made, output)
@@ -156,6 +158,57 @@ def remove_one(
         chosen = match_prefix(recipient, known, what="recipient")
         remove_recipient(repository, unlock(repository, need_secret(credentials)), chosen)
     print_result(output, {"removed": chosen}, f"Removed recipient {short(chosen)}. Next: remetal prune --reseal")
+
+
+@app.command(name="retire-machine")
+def retire(
+    machine: str,
+    /,
+    *,
+    repo: Repo,
+    successor: Annotated[
+        str | None,
+        Parameter(help="Id of the machine that goes on in its place, or its beginning.", metavar="MACHINE"),
+    ] = None,
+    last: Annotated[
+        int | None,
+        Parameter(
+            help="Where its history is damaged: the number of the last snapshot that counts (`remetal show`).",
+            metavar="NUMBER",
+        ),
+    ] = None,
+    credentials: Credentials = Credentials(),
+    output: Output = Output(),
+) -> None:
+    """Let a machine's own keys count no more, for instance after somebody has broken into it.
+
+    Its snapshots up to now stay good. Whatever is signed with these keys afterwards is believed by nobody. The
+    machine gets new keys, and a new id, with its next backup; compare that id with what the machine shows, then run
+    this again with --successor, so that both count as one machine for `latest` and for `forget`.
+
+    Parameters
+    ----------
+    machine
+        Id of the machine, or its beginning (`remetal key list`), or its name where only one has it.
+    """
+    with opened_repository(repo) as repository:
+        chosen = _find_machine(repository, machine)
+        follower = _find_machine(repository, successor) if successor is not None else ""
+        key = unlock(repository, need_secret(credentials))
+        done = retire_machine(repository, key, chosen, successor=follower, last=last)
+    follows = f" {short(done.successor)} goes on in its place." if done.successor else ""
+    print_result(
+        output,
+        {"retired": chosen, "last": done.last, "successor": done.successor},
+        f"Retired machine {short(chosen)}: nothing behind its entry {done.last} counts.{follows}",
+    )
+
+
+def _find_machine(repository: Repository, wanted: str) -> str:
+    """Return the id of the machine that a name or the beginning of an id means. Raises UsageError."""
+    machines = [each for each in list_keys(repository) if each.kind in {"machine", "retired"}]
+    named = [each.id for each in machines if each.name == wanted]
+    return named[0] if len(named) == 1 else match_prefix(wanted, [each.id for each in machines], what="machine")
 
 
 @app.command

@@ -27,8 +27,9 @@ Repo = Annotated[
     Parameter(
         name=["--repo", "-r"],
         env_var="REMETAL_REPO",
-        help="The repository: a folder such as /mnt/usb/backup, sftp://USER@HOST/FOLDER, s3://BUCKET/PREFIX, "
-        "or (to read only) https://HOST/FOLDER.",
+        help="The repository: a folder such as /mnt/usb/backup, usb:LABEL/FOLDER, nfs://HOST/EXPORT/FOLDER, "
+        "smb://USER@HOST/SHARE/FOLDER, sftp://USER@HOST/FOLDER, s3://BUCKET/PREFIX, or (to read only) "
+        "https://HOST/FOLDER.",
         metavar="REPOSITORY",
     ),
 ]

@@ -5,6 +5,7 @@ Results go to standard output; everything that happens on the way goes to standa
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -47,7 +48,8 @@ def print_error(error: RemetalError, *, as_json: bool) -> None:
     with suppress(OSError):
         sys.stdout.flush()
     with suppress(OSError):
-        print(f"remetal: {_shortened(clean(error.message))}.", file=sys.stderr)  # noqa: T201
+        message = clean(error.message).replace("\n", "\n         ")  # nobody's text begins a line of its own
+        print(f"remetal: {_shortened(message)}.", file=sys.stderr)  # noqa: T201
         if error.hint:
             print(f"         {_shortened(clean(error.hint))}", file=sys.stderr)  # noqa: T201
     if as_json:
@@ -61,12 +63,21 @@ def _shortened(text: str) -> str:
 
 
 def print_json(value: object) -> None:
-    """Print a value as indented JSON. Bytes of names that are not UTF-8 are shown as `\\xff`."""
+    """Print a value as indented JSON that no terminal obeys. Bytes of names that are not UTF-8 are shown as `\\xff`."""
     try:
         text = msgspec.json.encode(value)
     except UnicodeEncodeError:
         text = msgspec.json.encode(_encodable(msgspec.to_builtins(value)))
-    sys.stdout.write(msgspec.json.format(text, indent=2).decode() + "\n")
+    shown = msgspec.json.format(text, indent=2).decode()
+    for line in shown.split("\n"):
+        sys.stdout.write((line if line.isprintable() else "".join(map(_escaped, line))) + "\n")
+
+
+def _escaped(letter: str) -> str:
+    """Return a letter as JSON allows to write it, so that no terminal obeys it."""
+    if letter.isprintable():
+        return letter
+    return json.dumps(letter)[1:-1] if letter != "\x7f" else "\\u007f"
 
 
 def _encodable(value: object) -> object:
@@ -212,7 +223,8 @@ class _Lines:
         elif now - self.told.setdefault(part, now) >= self.interval:
             self.told[part] = now
             percent = 100 * done // total
-            self._say(f"    {part}: {percent} % ({format_bytes(done)} of {format_bytes(total)})")
+            left = format_duration((now - began) * (total - done) / done) if done else "?"
+            self._say(f"    {part}: {percent} % ({format_bytes(done)} of {format_bytes(total)}), about {left} left")
 
     @staticmethod
     def _say(line: str) -> None:

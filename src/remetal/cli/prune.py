@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from remetal.cli.options import Credentials, Machine, Output, Repo, need_secret
-from remetal.cli.output import print_result, reporting
+from remetal.cli.output import print_error, print_result, reporting
 from remetal.cli.tables import pruned_table
 from remetal.errors import UsageError
 from remetal.repository.prune import DEFAULT_GRACE, DEFAULT_UNUSED
@@ -76,4 +76,7 @@ def prune(
             report=report,
         )
     print_result(output, [asdict(each) for each in results], pruned_table(results, dry_run=dry_run))
-    return worst.exit_code if worst is not None else 0
+    if worst is None:
+        return 0
+    print_error(worst, as_json=False)  # standard output has its JSON
+    return worst.exit_code

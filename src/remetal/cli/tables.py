@@ -51,6 +51,7 @@ def snapshot_record(snapshot: Snapshot) -> dict[str, object]:
             {"volume": image.volume, "size": image.size, "used": image.used, "stored": image.stored}
             for image in snapshot.images
         ],
+        "left_out": [{"volume": each.volume, "path": each.path, "bytes": each.bytes} for each in snapshot.left_out],
         "version": snapshot.version,
     }
 
@@ -130,5 +131,7 @@ def key_table(keys: Sequence[KeyInfo]) -> Table:
     table = new_table("kind", "id", "made (UTC)", "about")
     for key in keys:
         about = f"opens recipient {short(key.of)}" if key.of else key.name
+        if key.successor:
+            about += f", followed by {short(key.successor)}"
         table.add_row(key.kind, short(key.id), moment(key.created), escape(about))
     return table

@@ -17,10 +17,12 @@ from functools import partial
 import numpy as np
 
 from remetal.events import Progress, Report, silent
-from remetal.image.extents import Extent, probe_used
+from remetal.image.extents import probe_used
+from remetal.image.ranges import Extent
+from remetal.pace import Pace
 from remetal.repository.session import Batch, Session
 from remetal.repository.snapshots import ImageRecord
-from remetal.system.blockdev import DiskIO, Span, aligned_buffer, is_block_device, open_disk, probe_geometry
+from remetal.system.blockdev import PAGE, DiskIO, Span, aligned_buffer, is_block_device, open_disk, probe_geometry
 from remetal.units import KIB, MIB, align_down, align_up
 
 BATCH = 4 * MIB
@@ -51,18 +53,21 @@ def capture_volume(
     kind: str,
     extents: Sequence[Extent] | None = None,
     previous: ImageRecord | None = None,
+    pace: Pace | None = None,
     report: Report = silent,
 ) -> ImageRecord:
     """Capture the used blocks of the volume at `span` into the session's repository.
 
     `kind` is the content's type as blkid names it; `extents` are what of it is used, where that is known already;
-    `previous` is the image of the same volume in the snapshot
-    before, whose unchanged chunks need no look-up. Raises RemetalError if the disk or its file system cannot
-    be read, and what the repository raises.
+    `previous` is the image of the same volume in the snapshot before, whose unchanged chunks need no look-up; `pace`
+    is how fast it is read at most. Raises RemetalError if the disk or its file system cannot be read, and what the
+    repository raises.
     """
     if extents is None:
         extents = probe_used(span, kind, report=report)
-    batches = read_batches(span, extents, session.chunk_size, buffers=session.workers + 1, part=volume, report=report)
+    batches = read_batches(
+        span, extents, session.chunk_size, buffers=session.workers + 1, part=volume, pace=pace, report=report
+    )
     with closing(batches):
         return session.write_image(volume, span.size, batches, previous=previous)
 
@@ -111,12 +116,14 @@ def read_batches(
     *,
     buffers: int,
     part: str,
+    pace: Pace | None = None,
     report: Report = silent,
 ) -> Generator[Batch, None, None]:
     """Yield the used bytes of the volume at `span` as batches, in ascending order.
 
     `buffers` is the number of batches that may exist at once; each must be released for the next to be read.
-    `part` names the volume in progress events. Raises RemetalError if the disk cannot be read.
+    `part` names the volume in progress events. `pace` is how fast it is read at most. Raises RemetalError if the disk
+    cannot be read.
     """
     size = max(align_up(BATCH, chunk_size), chunk_size)
     pool: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
@@ -134,6 +141,8 @@ def read_batches(
         stretches = plan_stretches(extents, span.size, chunk_size)
         while True:
             while len(pending) < READ_AHEAD and (stretch := next(stretches, None)) is not None:
+                if pace is not None:
+                    pace.pay(sum(extent.size for extent in stretch.used))
                 buffer = pool.get()
                 view = buffer[: stretch.size]
                 pending.append((stretch, buffer, readers.submit(_fill, disk, span, stretch, view, sector)))
@@ -146,15 +155,19 @@ def read_batches(
             report(Progress(part, done, total))
 
 
-def wants_direct(span: Span) -> bool:
+def wants_direct(span: Span, *, writing: bool = False) -> bool:
     """Whether this span is read and written past the page cache.
 
     Block devices are: their cache may be stale under a mounted file system, and a disk's worth of data would push
-    everything else out of memory. A disk file is not: its cache is always true.
+    everything else out of memory. A disk file's cache is always true, so it is used for reading; written bytes would
+    only pass through it.
     """
-    if not is_block_device(span.path):
+    if is_block_device(span.path):
+        sector = probe_geometry(span.path).logical_sector
+    elif writing:
+        sector = PAGE
+    else:
         return False
-    sector = probe_geometry(span.path).logical_sector
     return span.start % sector == 0 and span.size % sector == 0
 
 

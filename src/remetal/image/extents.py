@@ -10,19 +10,24 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from itertools import chain, groupby, takewhile
 from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
 
 from remetal.errors import RemetalError
 from remetal.events import Report, Warn, silent
+from remetal.image.ranges import Extent, Extents
 from remetal.ondisk import exfat, f2fs, fat, ntfs
 from remetal.ondisk.bitmaps import UncleanError
 from remetal.ondisk.btrfs import parse_btrfs, read_allocation, used_ranges
 from remetal.ondisk.regions import BadStructureError, Read
 from remetal.system.blockdev import Span, open_disk
 from remetal.system.loop import open_device
-from remetal.system.run import ProgramFailedError, run
+from remetal.system.run import ProgramFailedError, run, run_lines
 
+_EXT_FREE = "  Free blocks: "
 _UNCLEAN = "was not unmounted cleanly"
 _CLEAN_IT = "Mount and unmount it once, or run its fsck, for a smaller and faster backup."
 
@@ -31,49 +36,43 @@ class DoubtfulMapError(RemetalError):
     """A map of used blocks that cannot be right: it must not become a backup."""
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """`size` bytes from byte `start` of a volume."""
-
-    start: int
-    size: int
-
-    @property
-    def end(self) -> int:
-        """The first byte behind the extent."""
-        return self.start + self.size
+Reader: TypeAlias = Callable[[Path, bool], Extents]
+"""Reads a device's map; if it is frozen, everything is on the disk, though it was not unmounted."""
 
 
-def _read_ext(device: Path) -> list[Extent]:
-    text = run(["dumpe2fs", device]).text
-    state = re.search(r"^Filesystem state:\s+(.*)$", text, re.MULTILINE)
-    if state is None or state[1].strip() != "clean" or "needs_recovery" in text:
+def _read_ext(device: Path, frozen: bool) -> Extents:
+    lines = run_lines(["dumpe2fs", device])
+    head = list(takewhile(lambda line: not line.startswith("Group "), lines))
+    text = "\n".join(head)
+    clean = re.search(r"^Filesystem state:\s+(.*)$", text, re.MULTILINE)
+    if not frozen and (clean is None or clean[1].strip() != "clean" or "needs_recovery" in text):
         raise UncleanError(_UNCLEAN, hint=_CLEAN_IT)
-    return parse_ext_map(text)
+    return parse_ext_map(chain(head, lines))
 
 
-def _read_xfs(device: Path) -> list[Extent]:
-    state = re.search(r"state: <(\w+)>", run(["xfs_logprint", "-t", device], allowed=(0, 1)).text)
-    if state is None or state[1] != "CLEAN":
-        raise UncleanError(_UNCLEAN, hint=_CLEAN_IT)
+def _read_xfs(device: Path, frozen: bool) -> Extents:
+    if not frozen:
+        log = re.search(r"state: <(\w+)>", run(["xfs_logprint", "-t", device], allowed=(0, 1)).text)
+        if log is None or log[1] != "CLEAN":
+            raise UncleanError(_UNCLEAN, hint=_CLEAN_IT)
     fields = "print blocksize dblocks agblocks fdblocks"
-    done = run(["xfs_db", "-r", "-c", "sb 0", "-c", fields, "-c", "freesp -d", device])
-    if done.stderr.strip():
-        raise DoubtfulMapError(f"xfs_db complains: {done.stderr.decode(errors='replace').strip()[:200]}")
-    return parse_xfs_map(done.text)
+    return parse_xfs_map(
+        run_lines(["xfs_db", "-r", "-c", "sb 0", "-c", fields, "-c", "freesp -d", device], silent=True),
+        counted=not frozen,  # until it is unmounted, only its log knows how many blocks are free
+    )
 
 
-def _reader(read_used: Callable[[Read, int], list[tuple[int, int]]]) -> Callable[[Path], list[Extent]]:
+def _reader(read_used: Callable[[Read, int], Iterator[tuple[int, int]]]) -> Reader:
     """Return a reader that needs no program."""
 
-    def read(device: Path) -> list[Extent]:
+    def read(device: Path, frozen: bool) -> Extents:
         with open_disk(device) as disk:
-            return [Extent(start, size) for start, size in read_used(disk.read, disk.size())]
+            return Extents(Extent(start, size) for start, size in read_used(disk.read, disk.size()))
 
     return read
 
 
-_READERS: dict[str, Callable[[Path], list[Extent]]] = {
+_READERS: dict[str, Reader] = {
     **dict.fromkeys(("ext2", "ext3", "ext4"), _read_ext),
     "xfs": _read_xfs,
     "vfat": _reader(fat.read_used),
@@ -84,35 +83,40 @@ _READERS: dict[str, Callable[[Path], list[Extent]]] = {
 """How to learn the used blocks, by blkid's name for the file system. UncleanError for one that was not put to rest."""
 
 
-def probe_used(span: Span, kind: str, *, report: Report = silent) -> list[Extent]:
+def probe_used(span: Span, kind: str, *, frozen: bool = False, report: Report = silent) -> Extents:
     """Return the used extents of the file system on `span`, ascending and without overlaps, in bytes from its start.
 
     `kind` is blkid's name; for types without a reader the one extent is the whole span. So it is for a file system
-    whose own count of used blocks cannot be believed, which is reported. Needs root. Raises RemetalError if the
-    disk cannot be read, or a program is missing.
+    whose own count of used blocks cannot be believed, which is reported. If it is `frozen`, it would have to wait for
+    all of it to be read: there, this raises RemetalError instead. Needs root. Raises RemetalError if the disk cannot be
+    read, or a program is missing.
     """
-    whole = [Extent(0, span.size)]
+    whole = Extents([Extent(0, span.size)])
     reader = _READERS.get(kind)
     if reader is None:
         return whole
     with open_device(span) as device:
         try:
-            return list(clip(reader(device), span.size))
-        except UncleanError as error:
-            report(
-                Warn(f"the {kind} on {span} {error.message}: all of it is captured, free blocks too", hint=error.hint)
-            )
-        except (ProgramFailedError, DoubtfulMapError, BadStructureError):
-            report(
-                Warn(
-                    f"the used blocks of the {kind} on {span} cannot be told: all of it is captured, free blocks too",
-                    hint="Let its fsck look at it: if it is damaged, files may be lost already.",
-                )
-            )
+            return Extents(clip(reader(device, frozen), span.size))
+        except (UncleanError, ProgramFailedError, DoubtfulMapError, BadStructureError) as error:
+            if frozen:
+                raise
+            report(_all_of_it(f"the {kind} on {span}", error))
     return whole
 
 
-def probe_used_spanning(parts: Mapping[int, Span], *, report: Report = silent) -> dict[int, list[Extent]]:
+def _all_of_it(what: str, error: RemetalError) -> Warn:
+    if isinstance(error, UncleanError):
+        return Warn(f"{what} {error.message}: all of it is captured, free blocks too", hint=error.hint)
+    return Warn(
+        f"the used blocks of {what} cannot be told: all of it is captured, free blocks too",
+        hint="Let its fsck look at it: if it is damaged, files may be lost already.",
+    )
+
+
+def probe_used_spanning(
+    parts: Mapping[int, Span], *, frozen: bool = False, report: Report = silent
+) -> dict[int, list[Extent]]:
     """Return the used extents of a btrfs on each of its devices, which are by their id in it; as `probe_used`."""
     with ExitStack() as stack:
         readers = {}
@@ -124,6 +128,8 @@ def probe_used_spanning(parts: Mapping[int, Span], *, report: Report = silent) -
             newest = max(superblocks.values(), key=lambda each: each.generation)
             allocated = read_allocation(readers, newest).extents
         except BadStructureError as error:
+            if frozen:
+                raise
             report(
                 Warn(
                     f"the used blocks of the btrfs on {next(iter(parts.values()))} cannot be told, so all of it is "
@@ -138,47 +144,64 @@ def probe_used_spanning(parts: Mapping[int, Span], *, report: Report = silent) -
     }
 
 
-def parse_ext_map(text: str) -> list[Extent]:
-    """Return the used extents from what dumpe2fs(8) prints of an ext2, ext3 or ext4.
+def parse_ext_map(lines: Iterable[str]) -> Extents:
+    """Return the used extents from the lines that dumpe2fs(8) prints of an ext2, ext3 or ext4.
 
     With bigalloc a free range ends with its last cluster's first block; the rest of that cluster counts as used.
     Raises DoubtfulMapError if the groups have more free blocks than the superblock.
     """
-    number = _numbers(text, r"^(Block count|Free blocks|Block size):\s+(\d+)$")
-    if number.keys() != {"Block count", "Free blocks", "Block size"}:
-        raise DoubtfulMapError("dumpe2fs does not tell the file system's size")
-    free = []
-    for line in re.findall(r"^  Free blocks: (.*)$", text, re.MULTILINE):
-        for piece in filter(None, line.split(", ")):
-            first, _, last = piece.partition("-")
-            free.append((int(first), int(last or first) + 1 - int(first)))
-    return _used_between(free, number["Block count"], number["Block size"], number["Free blocks"])
+    lines = iter(lines)
+    number = _numbers(lines, re.compile(r"(Block count|Free blocks|Block size):\s+(\d+)"), 3)
+    return _used_between(_parse_ext_free(lines), number["Block count"], number["Block size"], number["Free blocks"])
 
 
-def parse_xfs_map(text: str) -> list[Extent]:
-    """Return the used extents from what xfs_db(8) prints for `print blocksize …` and `freesp -d`.
+def _parse_ext_free(lines: Iterable[str]) -> Iterator[tuple[int, int]]:
+    for line in lines:
+        if line.startswith(_EXT_FREE):
+            for piece in filter(None, line.removeprefix(_EXT_FREE).strip().split(", ")):
+                first, _, last = piece.partition("-")
+                yield int(first), int(last or first) + 1 - int(first)
+
+
+def parse_xfs_map(lines: Iterable[str], *, counted: bool = True) -> Extents:
+    """Return the used extents from the lines that xfs_db(8) prints for `print blocksize …` and `freesp -d`.
 
     Blocks on an allocation group's free list are free as well. Raises DoubtfulMapError if the trees of free space hold
-    more blocks than the superblock counts.
+    more blocks than the superblock counts, which is to be believed if `counted`.
     """
-    number = _numbers(text, r"^(blocksize|dblocks|agblocks|fdblocks) = (\d+)$")
-    if number.keys() != {"blocksize", "dblocks", "agblocks", "fdblocks"}:
-        raise DoubtfulMapError("xfs_db does not tell the file system's size")
-    rows = re.findall(r"^ +(\d+) +(\d+) +(\d+)$", text, re.MULTILINE)
-    free = sorted((int(group) * number["agblocks"] + int(block), int(count)) for group, block, count in rows)
-    return _used_between(free, number["dblocks"], number["blocksize"], number["fdblocks"])
+    lines = iter(lines)
+    number = _numbers(lines, re.compile(r"(blocksize|dblocks|agblocks|fdblocks) = (\d+)"), 4)
+    free = _parse_xfs_free(lines, number["agblocks"])
+    most = number["fdblocks" if counted else "dblocks"]
+    return _used_between(free, number["dblocks"], number["blocksize"], most)
 
 
-def _numbers(text: str, pattern: str) -> dict[str, int]:
-    return {name: int(value) for name, value in re.findall(pattern, text, re.MULTILINE)}
+def _parse_xfs_free(lines: Iterable[str], group_size: int) -> Iterator[tuple[int, int]]:
+    """Yield the free ranges of one allocation group after the other; within a group they come in any order."""
+    rows = (match for match in map(re.compile(r" +(\d+) +(\d+) +(\d+)").fullmatch, lines) if match)
+    for group, ranges in groupby(rows, key=lambda row: int(row[1])):
+        free = np.fromiter((number for row in ranges for number in (int(row[2]), int(row[3]))), np.int64).reshape(-1, 2)
+        for block, count in free[np.argsort(free[:, 0], kind="stable")].tolist():
+            yield group * group_size + block, count
 
 
-def _used_between(free: Iterable[tuple[int, int]], blocks: int, size: int, counted: int) -> list[Extent]:
+def _numbers(lines: Iterable[str], pattern: re.Pattern[str], count: int) -> dict[str, int]:
+    """Return the numbers that stand before everything else, and take no more lines than that needs."""
+    found: dict[str, int] = {}
+    for line in lines:
+        if match := pattern.fullmatch(line.rstrip()):
+            found[match[1]] = int(match[2])
+            if len(found) == count:
+                return found
+    raise DoubtfulMapError("its program does not tell the file system's size")
+
+
+def _used_between(free: Iterable[tuple[int, int]], blocks: int, size: int, counted: int) -> Extents:
     """Return what lies between the free ranges (first block, number) of a file system of `blocks` blocks.
 
     `size` is a block's in bytes, `counted` the number of free blocks that the superblock knows of.
     """
-    extents: list[Extent] = []
+    extents = Extents()
     position = total_free = 0
     for first, count in free:
         if first < position or count <= 0 or first + count > blocks:
@@ -186,11 +209,11 @@ def _used_between(free: Iterable[tuple[int, int]], blocks: int, size: int, count
                 f"free blocks {first} to {first + count - 1} overlap others or leave the file system"
             )
         if first > position:
-            extents.append(Extent(position * size, (first - position) * size))
+            extents.append(position * size, (first - position) * size)
         position = first + count
         total_free += count
     if position < blocks:
-        extents.append(Extent(position * size, (blocks - position) * size))
+        extents.append(position * size, (blocks - position) * size)
     if total_free > counted or not extents:
         raise DoubtfulMapError(f"{total_free} blocks are marked free, the superblock counts {counted}")
     return extents

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -27,6 +27,8 @@ from remetal.units import MIB
 GROUP = 4 * MIB
 """Bytes of the target that one worker compares and writes at once."""
 
+WAITING = 2
+"""How many more threads there are than processors: so many may wait for the disk or the repository."""
 
 SMALL = 256 * MIB
 """Bytes of an image that may be held in memory as a whole."""
@@ -105,7 +107,7 @@ def _walk(
     report: Report,
     writing: bool,
 ) -> Written:
-    workers = workers or os.cpu_count() or 1
+    workers = workers or (os.cpu_count() or 1) + WAITING
     buffers = threading.local()
     result = Written()
     report(Progress(part, 0, image.used))
@@ -116,7 +118,7 @@ def _walk(
         return _bring(reader, image, span, disk, group, buffers.own, writing=writing)
 
     with (
-        open_disk(span.path, writable=writing, direct=wants_direct(span)) as disk,
+        open_disk(span.path, writable=writing, direct=wants_direct(span, writing=writing)) as disk,
         ThreadPoolExecutor(workers, thread_name_prefix="restore") as pool,
     ):
         pending: deque[Future[Written]] = deque()
@@ -159,25 +161,43 @@ def _bring(
     size = min(len(group.ids) * image.chunk_size, image.size - start)
     room = min(size, span.size - start)
     view = buffer[:size]
-    disk.read_into(view[:room], span.start + start)
-    np.frombuffer(view, np.uint8)[room:] = 0
-    written = 0
-    for number, wanted in enumerate(group.ids):
-        place = number * image.chunk_size
-        piece = view[place : place + image.chunk_size]
-        if _stands_there(reader, piece, wanted):
-            continue
-        written += len(piece)
-        if writing:
-            content = bytes(len(piece)) if wanted == ZERO_ID else reader.read_chunk(wanted)
-            if len(content) != len(piece):
-                raise DamagedError(
-                    f"a chunk of '{image.volume}' has {len(content)} bytes instead of {len(piece)}",
-                    hint="Run `remetal check --read-data`, and restore another snapshot if there is one.",
-                )
-            piece[:] = content
-            disk.write(piece[: room - place], span.start + start + place)
-    return Written(compared=size, written=written)
+    hole = disk.is_hole(span.start + start, room)
+    if not hole:
+        disk.read_into(view[:room], span.start + start)
+        np.frombuffer(view, np.uint8)[room:] = 0
+    pieces = [view[place : place + image.chunk_size] for place in range(0, size, image.chunk_size)]
+    differing = [
+        number
+        for number, (piece, wanted) in enumerate(zip(pieces, group.ids, strict=True))
+        if not (wanted == ZERO_ID if hole else _stands_there(reader, piece, wanted))
+    ]
+    if writing:
+        for number in differing:
+            _fetch(reader, image, pieces[number], group.ids[number])
+        for first, last in _neighbours(differing):
+            place, end = first * image.chunk_size, min((last + 1) * image.chunk_size, room)
+            disk.write(view[place:end], span.start + start + place)
+    return Written(compared=size, written=sum(len(pieces[number]) for number in differing))
+
+
+def _fetch(reader: Reader, image: ImageRecord, piece: memoryview, wanted: bytes) -> None:
+    content = bytes(len(piece)) if wanted == ZERO_ID else reader.read_chunk(wanted)
+    if len(content) != len(piece):
+        raise DamagedError(
+            f"a chunk of '{image.volume}' has {len(content)} bytes instead of {len(piece)}",
+            hint="Run `remetal check --read-data`, and restore another snapshot if there is one.",
+        )
+    piece[:] = content
+
+
+def _neighbours(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield first and last of each run of consecutive numbers."""
+    first = 0
+    for position, number in enumerate(numbers):
+        if position == 0 or numbers[position - 1] != number - 1:
+            first = number
+        if position + 1 == len(numbers) or numbers[position + 1] != number + 1:
+            yield first, number
 
 
 def _check_end(reader: Reader, image: ImageRecord, span: Span) -> None:
@@ -194,7 +214,8 @@ def _check_end(reader: Reader, image: ImageRecord, span: Span) -> None:
 
 
 def _stands_there(reader: Reader, piece: memoryview, wanted: bytes) -> bool:
-    blank = not np.frombuffer(piece, np.uint8).any()
+    whole = len(piece) - len(piece) % 8
+    blank = not np.frombuffer(piece[:whole], np.uint64).any() and not any(piece[whole:])
     if wanted == ZERO_ID:
         return blank
     return not blank and reader.chunk_id(piece) == wanted

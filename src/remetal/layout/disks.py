@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from remetal.errors import RefusedError
 from remetal.layout.identity import SYS, describe_disk, find_kernel_name, find_parts
-from remetal.layout.model import Disk, GptTable, Layout, Luks, MbrTable, MdArray, SpaceId, Swap, VolumeGroup
+from remetal.layout.model import Disk, FileSystem, GptTable, Layout, Luks, MbrTable, MdArray, SpaceId, Swap, VolumeGroup
 from remetal.layout.sameness import are_paths
 from remetal.layout.uses import Use, describe_use, disks_of_number, numbers_of_mount, probe_swaps
 from remetal.system.blockdev import is_block_device, open_disk
@@ -82,12 +82,17 @@ def find_system_disks() -> list[Path]:
     return disks
 
 
-def check_capturable(layout: Layout, devices: Mapping[SpaceId, Path]) -> None:
+def check_capturable(
+    layout: Layout,
+    devices: Mapping[SpaceId, Path],
+    will_hold: Callable[[SpaceId, Use], bool] = lambda space, use: False,
+) -> None:
     """Raise RefusedError if anything writes to the disks of a layout while they would be read, or one would lose bytes.
 
-    `devices` are the disks and the open devices by name. Volumes that are mounted read-only or not at all, and active
-    swap space, which is not copied, do no harm. Neither do containers that are open, nor zeros behind the last whole
-    sector of a disk file.
+    `devices` are the disks and the open devices by name. `will_hold` tells of a volume that is mounted read-write
+    whether its file system will be held still, so that it may be. Volumes that are mounted read-only or not at all, and
+    active swap space, which is not copied, do no harm. Neither do containers that are open, nor zeros behind the last
+    whole sector of a disk file.
     """
     for disk in layout.disks:
         _check_end(disk, devices[disk.name])
@@ -98,12 +103,11 @@ def check_capturable(layout: Layout, devices: Mapping[SpaceId, Path]) -> None:
             raise RefusedError(
                 f"{devices[disk.name]} cannot be captured by itself: {stand_in}", hint="List disks: `remetal probe`."
             )
-        for use in describe_use(devices[disk.name]):
-            space = _space_of(use, layout, devices, disk.name)
+        for space, use in _find_uses(layout, devices, disk):
             harmless = (use.what == "swap" and isinstance(layout.layer_on(space), Swap)) or (
                 use.what == "busy" and _holds_container(layout, disk.name)
             )
-            if not use.read_only and not harmless:
+            if not use.read_only and not harmless and not will_hold(space, use):
                 found.append(f"{space}: {use}" if space != disk.name else str(use))
     if found:
         raise RefusedError(
@@ -111,6 +115,27 @@ def check_capturable(layout: Layout, devices: Mapping[SpaceId, Path]) -> None:
             hint="Boot the recovery medium and back up from there, unmount it or remount it read-only "
             "(mount -o remount,ro PLACE), or back up a snapshot of it.",
         )
+
+
+def _find_uses(layout: Layout, devices: Mapping[SpaceId, Path], disk: Disk) -> Iterator[tuple[SpaceId, Use]]:
+    """Yield everything that uses a disk of a layout, and the space that it uses, as far as that is known."""
+    for use in describe_use(devices[disk.name]):
+        yield _space_of(use, layout, devices, disk.name), use
+
+
+def find_mounted(layout: Layout, devices: Mapping[SpaceId, Path]) -> Iterator[tuple[FileSystem, Use]]:
+    """Yield the file systems of a layout that are mounted, once for each place, with what uses them there.
+
+    Only those count that begin on the device where the layout says so; `devices` are the disks and the open devices.
+    """
+    paths = {name: path.resolve() for name, path in devices.items()}
+    for disk in layout.disks:
+        for space, use in _find_uses(layout, devices, disk):
+            layer = layout.layer_on(space)
+            if use.what == "mount" and isinstance(layer, FileSystem):
+                device, start, _ = layout.place(space)
+                if (paths.get(device.name), start) == (Path(use.base).resolve(), use.offset):
+                    yield layer, use
 
 
 def _find_stand_ins(sys: Path) -> dict[str, tuple[str, ...]]:

@@ -5,6 +5,7 @@ It is captured with every layout, so that a file system can be made anew where i
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from typing import TypeAlias
 
@@ -18,6 +19,9 @@ from remetal.ondisk.xfs import XfsSettings
 
 _MAX = 1 << 63
 _MAX_TEXT = 64
+_WORD = re.compile(r"[a-z0-9_-]{1,32}", re.IGNORECASE | re.ASCII)
+"""What can stand between the commas of an option."""
+_SEED = re.compile(r"(?:[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12})?")
 _POWERS = frozenset(1 << bit for bit in range(64))
 
 
@@ -112,7 +116,9 @@ def is_possible_making(making: Making) -> bool:
         case ExtMaking():
             sizes = {making.inode_size, making.flex_groups} <= _POWERS
             counts = 0 <= making.inodes_used <= making.inodes < 1 << 32 and making.inode_size >= 128
-            words = all(text.replace("_", "").isalnum() and len(text) <= 32 for text in making.mount_options)
+            spoken = (*making.mount_options, making.errors)
+            words = all(_WORD.fullmatch(text) for text in (*spoken, making.hash_algorithm or "none"))
+            words = words and _SEED.fullmatch(making.hash_seed) is not None and making.mount_text.isprintable()
             return sizes and counts and words and min(making.reserved, making.journal, making.in_pages) >= 0
         case XfsMaking():
             sizes = {making.sector_size, making.inode_size, making.directory_block} <= _POWERS

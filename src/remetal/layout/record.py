@@ -20,6 +20,7 @@ from remetal.layout.model import (
     Disk,
     FileSystem,
     GptTable,
+    Inventory,
     Layer,
     Layout,
     Luks,
@@ -45,7 +46,9 @@ MAX_DISK = 1 << 63
 MAX_DISKS = 1024
 MAX_PARTITIONS = 1024
 MAX_LAYERS = 65536
-MAX_RECORD = 64 << 20
+MAX_TEXT = 4096
+"""Letters of a text about hardware."""
+MAX_RECORD = 16 << 20
 """Bytes of a record: far above what any machine needs."""
 MAX_HEADER = 256 << 20
 """Bytes of a LUKS header with its key slots; at restore it is read into memory."""
@@ -106,7 +109,7 @@ def decode_layout(data: bytes) -> Layout:
         raise _impossible(f"has {len(data)} bytes, which is more than any machine needs")
     try:
         layout = _DECODER.decode(data)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise ImpossibleLayoutError(f"the layout record is not valid: {error}", hint=_HINT) from error
     check_layout(layout)
     return layout
@@ -122,6 +125,8 @@ def check_layout(layout: Layout) -> None:
     if len(layout.disks) > MAX_DISKS or len(layout.layers) > MAX_LAYERS:
         raise _impossible(f"has {len(layout.disks)} disks and {len(layout.layers)} layers")
     _Checker(layout).check()
+    if layout.inventory is not None:
+        _check_inventory(layout.inventory)
 
 
 class _Checker:
@@ -223,6 +228,15 @@ class _Checker:
         return known and whole and sizes and len(numbers) == len(volume.parts)
 
 
+def _check_inventory(inventory: Inventory) -> None:
+    """Hardware reaches no program, so its texts may be any; but nobody has so much of it."""
+    parts = (*inventory.disks, *inventory.nics)
+    texts = [getattr(each, name) for each in (inventory, *parts) for name in each.__struct_fields__]
+    longest = max(len(each) for each in (*texts, *inventory.modaliases) if isinstance(each, str))
+    if len(parts) > MAX_DISKS or len(inventory.modaliases) > MAX_LAYERS or longest > MAX_TEXT:
+        raise _impossible("describes more hardware than any machine has")
+
+
 def _find_problem(layer: Container, sizes: dict[SpaceId, int]) -> str:
     """Return what cannot be as a container's record says, or nothing; `sizes` are those of its spaces."""
     match layer:
@@ -294,6 +308,8 @@ def _find_group_problem(group: VolumeGroup, sizes: dict[SpaceId, int]) -> str:
         return "it has more volumes than any"
     if group.name == "md" or not all(_matches(_LVM_NAME, name) and name not in {".", ".."} for name in names):
         return "its names"
+    if not all(_matches(_KIND, each.kind) for each in group.volumes):
+        return "the kinds of its volumes"
     uuids = [group.uuid, *(each.uuid for each in group.members), *(each.uuid for each in group.volumes)]
     if not all(_matches(_LVM_UUID, each) for each in uuids) or len(set(uuids)) < len(uuids):
         return "its identities"

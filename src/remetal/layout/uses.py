@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 from remetal.layout.identity import SYS
 from remetal.system.blockdev import is_block_device
-from remetal.system.mounts import Mount, probe_mounts
+from remetal.system.mounts import Mount, find_mount_of, probe_mounts
 
 Number: TypeAlias = tuple[int, int]
 
@@ -122,6 +122,21 @@ def numbers_of_mount(mount: Mount) -> set[Number]:
             if members & numbers:
                 numbers |= members
     return numbers
+
+
+def holds(folder: Path, path: Path) -> bool:
+    """Whether writing to `path` writes to the file system that is mounted at `folder`: it lies there, or on a disk
+    file that does. Raises RemetalError if one of them cannot be looked at.
+    """
+    held = numbers_of_mount(find_mount_of(folder))
+    waiting, seen = numbers_of_mount(find_mount_of(path)), set[Number]()
+    while waiting:
+        if waiting & held:
+            return True
+        seen |= waiting
+        files = (_backing_file(SYS / "dev/block" / f"{major}:{minor}") for major, minor in waiting)
+        waiting = {each for file in files if file for each in numbers_of_mount(find_mount_of(file))} - seen
+    return False
 
 
 def probe_swaps() -> list[Path]:

@@ -41,7 +41,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     `map` is a target for the only disk, or source disk = target; `overwrite` are targets that are named a second time,
     because what is on them may be lost, and `protect` disks that are never written to. A LUKS file is the place of one
     that is tried on every container, or space = place. `pause` is how many seconds the plan is shown before it is
-    carried out. `repeat` lets the same snapshot be restored onto the same disks again.
+    carried out. `settings_file` holds variables such as REMETAL_SMB_PASSWORD. `repeat` lets the same snapshot be
+    restored onto the same disks again.
     """
 
     repository: _Text
@@ -61,6 +62,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     overwrite: tuple[_Text, ...] = ()
     protect: tuple[_Text, ...] = ()
     grow: tuple[_Text, ...] = ()
+    settings_file: _Text | None = None
     keep_sizes: bool = False
     verify: bool = False
     end: End = "shell"
@@ -114,6 +116,8 @@ def convert_answer(fields: dict[str, object], origin: str) -> Answer:
             parse_place(place)
     except (msgspec.ValidationError, UsageError) as error:
         raise RefusedError(f"{origin} is not a good answer: {_told(error)}", hint=_HINT) from error
+    except UnicodeEncodeError as error:  # bytes of a command line that are no text where a word is expected
+        raise RefusedError(f"{origin} is not a good answer: {error.object!r} is not UTF-8", hint=_HINT) from error
     secrets = [answer.passphrase, answer.passphrase_file, answer.kit_file]
     if sum(secret is not None for secret in secrets) != 1:
         raise RefusedError(
@@ -123,9 +127,15 @@ def convert_answer(fields: dict[str, object], origin: str) -> Answer:
     return answer
 
 
+def is_address(repository: str) -> bool:
+    """Whether a repository is on the network, as nfs://… and s3://…, and not on an attached volume."""
+    return "://" in repository
+
+
 def named_places(answer: Answer) -> list[str]:
-    """Return all places that an answer names."""
-    single = (answer.repository, answer.passphrase_file, answer.kit_file, answer.log)
+    """Return all places on volumes that an answer names."""
+    own = None if is_address(answer.repository) else answer.repository
+    single = (own, answer.settings_file, answer.passphrase_file, answer.kit_file, answer.log)
     paired = (*pairs_of(answer.luks_passphrase_file), *pairs_of(answer.luks_key_file))
     return [place for place in single if place is not None] + [place for _, place in paired]
 
@@ -169,7 +179,7 @@ _PAIRS = {
     "luks-key-file": "Write remetal.luks-key-file=SPACE=PLACE for each container, or PLACE for all.",
 }
 """Fields of pairs, and how they are written."""
-_PLAIN = {"repository", "snapshot", "machine", "passphrase-file", "kit-file", "end", "log"}
+_PLAIN = {"repository", "snapshot", "machine", "passphrase-file", "kit-file", "settings-file", "end", "log"}
 
 
 def parse_command_line(text: str) -> CommandLine:

@@ -12,8 +12,8 @@ from remetal.layout.disks import find_disks
 from remetal.layout.identity import SYS, describe_disk, find_kernel_name
 from remetal.layout.sameness import plain_wwn
 from remetal.media.answer import Place, parse_place
-from remetal.system.mounts import mounted, probe_mounts
-from remetal.system.run import find_program, run
+from remetal.system.mounts import mounted, mounted_by_server, probe_mounts
+from remetal.system.run import ProgramFailedError, find_program, run
 
 _UNTOUCHED: dict[str, tuple[str, ...]] = {
     "btrfs": ("ro", "nologreplay"),
@@ -123,21 +123,56 @@ def opened_volume(volume: AttachedVolume, *, writable: bool = False, replay: boo
     """Mount a volume for the length of a block and yield its top folder; nothing on it changes unless `writable`.
 
     `replay` lets the file system finish its journal first, which the owner of a repository wants and a stranger's
-    volume does not. A volume that is mounted already is used where it is. Raises ProgramFailedError.
+    volume does not. A volume that is mounted already is used where it is. Raises RemetalError; RefusedError for one
+    that is to be written to and is mounted read-only.
     """
-    kind: str | None = volume.kind
-    if kind == "ntfs" and find_program("mount.ntfs-3g"):
-        kind = "ntfs-3g"
+    there = next((each for each in probe_mounts() if each.source == str(volume.device) and each.root == "/"), None)
+    if there is not None:
+        if writable and there.read_only:
+            raise RefusedError(
+                f"{volume} is mounted read-only at {there.target}",
+                hint=f"Unmount it (umount {there.target}), then run the command again.",
+            )
+        yield there.target
+        return
     if writable:
         options: tuple[str, ...] = ("rw",)
     else:
         options = ("ro",) if replay else _UNTOUCHED[volume.kind]
-    there = next((mount for mount in probe_mounts() if mount.source == str(volume.device)), None)
-    if there is not None and not writable:
-        yield there.target
+    options = (*options, "nosuid", "nodev", "noexec")
+    server = _find_server(volume.kind)
+    if server:
+        with mounted_by_server(server, volume.device, options=options) as folder:
+            yield folder
         return
-    with mounted(volume.device, kind=kind, options=(*options, "nosuid", "nodev", "noexec")) as folder:
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(mounted(volume.device, kind=volume.kind, options=options))
+        except ProgramFailedError as error:
+            if writable or "busy" not in error.stderr:
+                raise
+            # Somebody writes to it whose mounts are private: the kernel then shows it read-only at this place alone.
+            folder = stack.enter_context(mounted(volume.device, kind=volume.kind, options=("rw", *options[-3:])))
+            run(["mount", "-o", "remount,bind,ro", folder])
         yield folder
+
+
+_SERVERS = {"ntfs": ("ntfs-3g", "-o", "no_detach"), "exfat": ("mount.exfat-fuse", "-d")}
+"""What serves a file system that the kernel does not know, without going into the background."""
+
+
+def _find_server(kind: str) -> tuple[str, ...]:
+    """Return the program that shows a file system through FUSE, and nothing where the kernel does it itself.
+
+    The kernel's own `ntfs` reads only; ntfs-3g writes.
+    """
+    if kind not in _SERVERS or find_program(_SERVERS[kind][0]) is None:
+        return ()
+    if kind == "exfat":
+        run(["modprobe", "exfat"], allowed=range(256)) if find_program("modprobe") else None
+        if "\texfat\n" in Path("/proc/filesystems").read_text():
+            return ()
+    return _SERVERS[kind]
 
 
 def select_volume(place: Place, volumes: Sequence[AttachedVolume]) -> AttachedVolume:

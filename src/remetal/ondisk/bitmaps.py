@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import numpy as np
@@ -13,6 +13,9 @@ from remetal.units import MIB
 
 PIECE = MIB
 """Bytes of a bitmap that are looked at together."""
+
+_ROWS = 1 << 16
+"""How many ranges are turned into numbers of Python's at once, which take ten times the memory."""
 
 Ranges = npt.NDArray[np.int64]
 """One row for each run of set bits: the first, and the one behind the last."""
@@ -61,18 +64,22 @@ def covers(ranges: Ranges, first: int, count: int) -> bool:
     return index >= 0 and first + count <= int(ranges[index, 1])
 
 
-def to_bytes(ranges: Ranges, start: int, size: int) -> list[tuple[int, int]]:
-    """Return start and size in bytes of ranges of blocks of `size` bytes, whose first lies at byte `start`."""
-    return [(start + first * size, (end - first) * size) for first, end in ranges.tolist()]
+def to_bytes(ranges: Ranges, start: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield start and size in bytes of ranges of blocks of `size` bytes, whose first lies at byte `start`."""
+    for at in range(0, len(ranges), _ROWS):
+        for first, end in ranges[at : at + _ROWS].tolist():
+            yield start + first * size, (end - first) * size
 
 
-def merge(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return ranges (start, size), which come in ascending order, with those that touch or overlap made one."""
-    merged: list[tuple[int, int]] = []
+def merge(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield ranges (start, size), which come in ascending order, with those that touch or overlap made one."""
+    first = end = -1
     for start, size in ranges:
-        if merged and start <= sum(merged[-1]):
-            first, before = merged[-1]
-            merged[-1] = (first, max(before, start + size - first))
+        if first >= 0 and start <= end:
+            end = max(end, start + size)
         elif size > 0:
-            merged.append((start, size))
-    return merged
+            if first >= 0:
+                yield first, end - first
+            first, end = start, start + size
+    if first >= 0:
+        yield first, end - first

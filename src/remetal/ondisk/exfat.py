@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -83,8 +83,8 @@ def parse_exfat(read: Read, size: int) -> ExfatVolume:
     )
 
 
-def read_used(read: Read, size: int) -> list[tuple[int, int]]:
-    """Return start and size in bytes of what is used on a volume of `size` bytes: all but free clusters, ascending.
+def read_used(read: Read, size: int) -> Iterator[tuple[int, int]]:
+    """Yield start and size in bytes of what is used on a volume of `size` bytes: all but free clusters, ascending.
 
     What a transaction-safe exFAT has marked in either of its two bitmaps is used. Raises UncleanError if the volume was
     not unmounted, BadStructureError if there is no sound exFAT.
@@ -93,7 +93,7 @@ def read_used(read: Read, size: int) -> list[tuple[int, int]]:
     if not boot.clean:
         raise UncleanError("was not unmounted cleanly", hint="Let fsck.exfat or Windows repair it, then back up again.")
     used = to_bytes(_find_used(boot, _parse_root(boot)), boot.heap, boot.cluster)
-    return merge([(0, boot.heap), *used])
+    return merge(chain([(0, boot.heap)], used))
 
 
 def _parse_boot(read: Read, size: int) -> _Boot:
@@ -185,8 +185,8 @@ def _unite(maps: list[Ranges]) -> Ranges:
     """Return what at least one of the maps has."""
     rows = np.concatenate(maps)
     rows = rows[np.argsort(rows[:, 0], kind="stable")]
-    joined = merge((first, end - first) for first, end in rows.tolist())
-    return np.array([(first, first + count) for first, count in joined], np.int64).reshape(-1, 2)
+    joined = chain.from_iterable((first, first + count) for first, count in merge(to_bytes(rows, 0, 1)))
+    return np.fromiter(joined, np.int64).reshape(-1, 2)
 
 
 def _read_chain(boot: _Boot, first: int, size: int) -> Iterator[bytes]:

@@ -8,6 +8,7 @@ entries stand in the checkpoint itself. Sources: Linux Documentation/filesystems
 
 from __future__ import annotations
 
+import heapq
 import struct
 import uuid
 import zlib
@@ -139,8 +140,8 @@ def parse_f2fs(read: Read, size: int) -> F2fsVolume:
     )
 
 
-def read_used(read: Read, size: int) -> list[tuple[int, int]]:
-    """Return start and size in bytes of what is used on a volume of `size` bytes: all but free blocks of the main area.
+def read_used(read: Read, size: int) -> Iterator[tuple[int, int]]:
+    """Yield start and size in bytes of what is used on a volume of `size` bytes: all but free blocks of the main area.
 
     One free block counts as used: the one where the kernel looks, at every mount, for nodes that were written after the
     checkpoint (fs/f2fs/recovery.c). Restored onto a later state of itself, the file system would else find some.
@@ -162,8 +163,9 @@ def read_used(read: Read, size: int) -> list[tuple[int, int]]:
         raise BadStructureError(
             f"{count_bits(used)} blocks of the f2fs are marked valid, its checkpoint counts {checkpoint.valid}"
         )
-    ranges = [*to_bytes(used, found.main * _BLOCK, _BLOCK), ((found.main + checkpoint.next_node) * _BLOCK, _BLOCK)]
-    return merge([(0, found.main * _BLOCK), *sorted(ranges)])
+    main = found.main * _BLOCK
+    next_node = (main + checkpoint.next_node * _BLOCK, _BLOCK)
+    return merge(heapq.merge([(0, main)], to_bytes(used, main, _BLOCK), [next_node]))
 
 
 def _is_clean(checkpoint: _Checkpoint) -> bool:

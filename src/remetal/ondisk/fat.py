@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
+from remetal.ondisk.bitmaps import PIECE, find_ranges, to_bytes
 from remetal.ondisk.regions import BadStructureError, Read
 
 _SECTORS = {512, 1024, 2048, 4096}
@@ -70,32 +73,30 @@ def parse_fat(read: Read, size: int) -> FatBootSector:
     )
 
 
-def read_used(read: Read, size: int) -> list[tuple[int, int]]:
-    """Return start and size in bytes of what is used on a volume of `size` bytes: all but free clusters, ascending.
+def read_used(read: Read, size: int) -> Iterator[tuple[int, int]]:
+    """Yield start and size in bytes of what is used on a volume of `size` bytes: all but free clusters, ascending.
 
     Raises BadStructureError if there is no sound FAT file system.
     """
     boot = parse_fat(read, size)
-    table = _read_table(read, boot)
-    edges = np.diff(np.concatenate(([0], (table != 0).astype(np.int8), [0])))
-    ranges = [(0, boot.data_at)]
-    for first, last in zip(np.flatnonzero(edges == 1).tolist(), np.flatnonzero(edges == -1).tolist(), strict=True):
-        ranges.append((boot.data_at + first * boot.cluster_size, (last - first) * boot.cluster_size))
-    return ranges
+    pieces = (np.packbits(entries != 0, bitorder="little").tobytes() for entries in read_table(read, boot))
+    used = find_ranges(pieces, boot.clusters, "little")
+    return chain([(0, boot.data_at)], to_bytes(used, boot.data_at, boot.cluster_size))
 
 
-def _read_table(read: Read, boot: FatBootSector) -> npt.NDArray[np.uint32]:
-    """Return the table's entries, one per cluster: 0 for a free one."""
-    count = boot.clusters + 2
-    if boot.bits == 32:
-        entries = np.frombuffer(read(boot.table_at, 4 * count), "<u4") & np.uint32(0x0FFFFFFF)
-    elif boot.bits == 16:
-        entries = np.frombuffer(read(boot.table_at, 2 * count), "<u2").astype(np.uint32)
-    else:
+def read_table(read: Read, boot: FatBootSector) -> Iterator[npt.NDArray[np.uint32]]:
+    """Yield the table's entries, one per cluster, 0 for a free one, in pieces of whole bytes of a bitmap."""
+    if boot.bits == 12:
+        count = boot.clusters + 2
         raw = np.frombuffer(read(boot.table_at, -(-count // 2) * 3), np.uint8).astype(np.uint32).reshape(-1, 3)
         even, odd = raw[:, 0] | (raw[:, 1] & 0xF) << 8, raw[:, 1] >> 4 | raw[:, 2] << 4
-        entries = np.column_stack((even, odd)).reshape(-1)[:count]
-    return entries[2:]
+        yield np.column_stack((even, odd)).reshape(-1)[2:count]
+        return
+    kind, mask = ("<u4", 0x0FFFFFFF) if boot.bits == 32 else ("<u2", 0xFFFF)
+    width = boot.bits // 8
+    for first in range(0, boot.clusters, PIECE):
+        data = read(boot.table_at + (2 + first) * width, min(PIECE, boot.clusters - first) * width)
+        yield np.frombuffer(data, kind).astype(np.uint32) & np.uint32(mask)
 
 
 def _free_clusters(read: Read, fat_at: int, clusters: int, bits: int, sector: int, boot: bytes) -> int:

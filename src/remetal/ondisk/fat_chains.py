@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 
-from remetal.ondisk.fat import _read_table, parse_fat
+from remetal.ondisk.fat import parse_fat, read_table
 from remetal.ondisk.regions import Read
 
 _ENDS = {12: 0xFF8, 16: 0xFFF8, 32: 0x0FFFFFF8}
@@ -18,7 +18,7 @@ def count_chains(read: Read, size: int) -> int:
     Raises BadStructureError if there is no sound FAT file system.
     """
     boot = parse_fat(read, size)
-    return int(np.count_nonzero(_read_table(read, boot) >= _ENDS[boot.bits]))
+    return sum(int(np.count_nonzero(piece >= _ENDS[boot.bits])) for piece in read_table(read, boot))
 
 
 def read_root_entries(read: Read) -> int:

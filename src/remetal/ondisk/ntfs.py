@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 from remetal.ondisk.bitmaps import PIECE, Ranges, UncleanError, count_bits, covers, find_ranges, merge, to_bytes
 from remetal.ondisk.regions import BadStructureError, Read
@@ -34,6 +35,8 @@ _DIRTY = 0x1 | 0x4000  # to be checked by chkdsk; chkdsk is at work
 _NO_CLIENT, _LOG_IS_CLEAN = 0xFFFF, 0x2
 _HAS_SUBNODE, _LAST_ENTRY = 0x1, 0x2
 _HIBERNATION_HEADER = 4096
+_MEMORY_FILES = ("hiberfil.sys", "pagefile.sys", "swapfile.sys")
+_FOLDER = 0x2
 _SHUT_DOWN = "Start Windows and shut it down fully (`shutdown /s /f /t 0`) for a smaller and faster backup."
 
 
@@ -107,8 +110,8 @@ def parse_ntfs(read: Read, size: int) -> NtfsVolume:
     )
 
 
-def read_used(read: Read, size: int) -> list[tuple[int, int]]:
-    """Return start and size in bytes of what is used on a volume of `size` bytes: all but free clusters, ascending.
+def read_used(read: Read, size: int) -> Iterator[tuple[int, int]]:
+    """Yield start and size in bytes of what is used on a volume of `size` bytes: all but free clusters, ascending.
 
     The backup boot sector lies behind the last cluster: right there, or in the last sector of the space. Raises
     UncleanError if Windows hibernates on the volume, was not shut down, or wants to check it; BadStructureError if
@@ -121,7 +124,36 @@ def read_used(read: Read, size: int) -> list[tuple[int, int]]:
     last = (size // boot.sector - 1) * boot.sector
     if _read(boot, last, 11)[3:] == _MARK:
         behind.append((last, boot.sector))
-    return merge([*to_bytes(_find_used(boot), 0, boot.cluster), *behind])
+    return merge(chain(to_bytes(_find_used(boot), 0, boot.cluster), behind))
+
+
+def find_memory_files(read: Read, size: int) -> dict[str, list[tuple[int, int]]]:
+    """Return where the files lie that only a running Windows has a use for: start and size in bytes, by name.
+
+    These are the page files and the hibernation file in the root folder: Windows makes their content anew when it
+    starts. None of them is told of that has another name as well, or is compressed, sparse or encrypted. Raises
+    UncleanError and BadStructureError as `read_used` does.
+    """
+    boot = _open(read, size)
+    _check_rest(boot)
+    found = {}
+    for name in _MEMORY_FILES:
+        number = _find_in_root(boot, name.upper())
+        ranges = _find_plain(boot, number) if number is not None else []
+        if ranges:
+            found[name] = ranges
+    return found
+
+
+def _find_plain(boot: _Boot, number: int) -> list[tuple[int, int]]:
+    """Return where the content of a file lies, if it is plain clusters and has no other name."""
+    record = _read_record(boot, number)
+    links, _, flags = struct.unpack_from("<HHH", record, 18)
+    parts = list(_find_parts(boot, number, _DATA, "", record))
+    if links != 1 or flags & _FOLDER or any(part[12:14] != b"\0\0" for part in parts):
+        return []
+    data = _join(boot, parts) if parts else _Data(0, 0)
+    return [(cluster * boot.cluster, count * boot.cluster) for cluster, count in data.runs]
 
 
 def _open(read: Read, size: int) -> _Boot:

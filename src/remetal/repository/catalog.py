@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+import msgspec.structs
 
 from remetal.errors import DamagedError, RefusedError
 from remetal.repository.history import (
@@ -15,18 +18,25 @@ from remetal.repository.history import (
     entry_name,
     history_folder,
     is_gone,
+    names_signer,
     open_envelope,
     sequence_of,
 )
 from remetal.repository.ledgers import MAX_LEDGER, Ledger, open_ledger
-from remetal.repository.machines import Domain, Head, MachineKeys, MachineRecord, open_secrets, read_machines
+from remetal.repository.machines import (
+    Domain,
+    Head,
+    MachineKeys,
+    MachineRecord,
+    find_secrets,
+    open_secrets,
+    read_machines,
+)
 from remetal.repository.objects import HISTORY, damaged, get_object
-from remetal.repository.recipients import RecipientKey, RecipientRecord, read_recipients
+from remetal.repository.recipients import RecipientKey, read_recipients, read_revoked
 from remetal.repository.repository import Repository
+from remetal.repository.retired import Retired, Vouched, read_retired
 from remetal.repository.snapshots import MAX_SNAPSHOT, Snapshot, open_snapshot
-
-Recipients = Mapping[str, RecipientRecord]
-"""The recipients that a repository's id vouches for, by id."""
 
 _FOLDER = re.compile(rf"{HISTORY}([0-9a-f]{{32}})/")
 
@@ -70,12 +80,13 @@ class History:
 class Catalog:
     """Verified snapshots, oldest first, and in `problems` a sentence for everything that is not as it should be.
 
-    `ledgers` are by machine, as `machines` are.
+    `ledgers` are by machine, as `machines` are; `retired` are those whose keys count no more.
     """
 
     repository: Repository
     machines: dict[str, MachineAccess]
     ledgers: dict[str, Ledgers] = field(default_factory=dict)
+    retired: Mapping[str, Retired] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     _snapshots: list[Snapshot] = field(default_factory=list)
 
@@ -96,9 +107,10 @@ def open_catalog(repository: Repository, keys: MachineKeys | RecipientKey) -> Ca
         catalog.machines[keys.machine_id] = MachineAccess(keys.stored.record, keys.domain)
     else:
         _open_machines(catalog, keys)
-    recipients = read_vouched(repository)
+    vouched = read_vouched(repository)
+    catalog.retired = vouched.retired
     for access in catalog.machines.values():
-        history = read_history(repository, access, recipients)
+        history = read_history(repository, access, vouched)
         catalog.ledgers[access.machine.id] = history.ledgers
         catalog._snapshots += history.snapshots
         catalog.problems += history.problems
@@ -119,9 +131,13 @@ def check_keys(repository: Repository, keys: MachineKeys) -> None:
         )
 
 
-def read_vouched(repository: Repository) -> Recipients:
-    """Return the repository's recipients by id."""
-    return {each.id: each for each in read_recipients(repository.store, repository.config.id)[0]}
+def read_vouched(repository: Repository) -> Vouched:
+    """Return who may sign entries of histories, and up to which one."""
+    store, repository_id = repository.store, repository.config.id
+    recipients = {each.id: each for each in read_recipients(store, repository_id)[0]}
+    revoked = read_revoked(store, repository_id, list(recipients.values()))[0]
+    active = {identity: each for identity, each in recipients.items() if identity not in revoked}
+    return Vouched(recipients, read_retired(store, repository_id, active)[0])
 
 
 def entry_names(repository: Repository, machine_id: str) -> list[str]:
@@ -130,18 +146,26 @@ def entry_names(repository: Repository, machine_id: str) -> list[str]:
     return [entry.name for entry in entries if sequence_of(entry.name)]
 
 
-def read_entry(
-    repository: Repository, name: str, machine: MachineRecord, recipients: Recipients
-) -> tuple[Envelope, bytes]:
-    """Read an entry of a machine's history, checking form and signature. Raises DamagedError."""
-    data = get_object(repository.store, name, max(MAX_SNAPSHOT, MAX_LEDGER))
-    return open_envelope(name, data, machine, recipients), data
+def read_entry(repository: Repository, name: str, machine: MachineRecord, vouched: Vouched) -> tuple[Envelope, bytes]:
+    """Read an entry of a machine's history, checking form and signature. Raises DamagedError.
+
+    What is not as it should be is read once more, and who may sign it, too: a store may show less than it holds for a
+    moment, and an entry that is passed over is one that the next entry does not follow.
+    """
+    limit = max(MAX_SNAPSHOT, MAX_LEDGER)
+    with suppress(DamagedError):
+        data = get_object(repository.store, name, limit)
+        return open_envelope(name, data, machine, vouched), data
+    data = get_object(repository.store, name, limit)
+    if not names_signer(data, vouched):
+        vouched = read_vouched(repository)
+    return open_envelope(name, data, machine, vouched), data
 
 
 def find_ledgers(
     repository: Repository,
     machine: MachineRecord,
-    recipients: Recipients,
+    vouched: Vouched,
     names: list[str],
     problems: list[str],
     head: Head | None = None,
@@ -153,12 +177,12 @@ def find_ledgers(
     certain = True
     for name in reversed(names):
         try:
-            envelope, data = read_entry(repository, name, machine, recipients)
+            envelope, data = read_entry(repository, name, machine, vouched)
             if envelope.kind != LEDGER:
                 if not envelope.ledger:
                     return Ledgers(None, certain)
                 pointed = entry_name(machine.id, envelope.ledger)
-                envelope, data = read_entry(repository, pointed, machine, recipients)
+                envelope, data = read_entry(repository, pointed, machine, vouched)
                 if envelope.kind != LEDGER:
                     raise damaged(pointed, "it is no ledger, as a later snapshot says")
             return Ledgers(open_ledger(envelope, data), certain)
@@ -186,14 +210,14 @@ def find_newest(repository: Repository, access: MachineAccess, head: Head | None
     The next entry follows the newest that is signed, or the snapshot that the machine remembers if that is newer; its
     number is behind all that are taken. Only what is needed is read. What is wrong is added to `problems`.
     """
-    machine, recipients = access.machine, read_vouched(repository)
+    machine, vouched = access.machine, read_vouched(repository)
     names = entry_names(repository, machine.id)
-    ledgers = find_ledgers(repository, machine, recipients, names, [], head)
+    ledgers = find_ledgers(repository, machine, vouched, names, [], head)
     signed: Head | None = None
     snapshot: Snapshot | None = None
     for name in reversed(names):
         try:
-            envelope, data = read_entry(repository, name, machine, recipients)
+            envelope, data = read_entry(repository, name, machine, vouched)
             signed = signed or Head(sequence=envelope.sequence, id=envelope.id)
             if head is not None and head.sequence == envelope.sequence and head.id != envelope.id:
                 problems.append(_vanished(head))
@@ -232,15 +256,26 @@ def _open_machines(catalog: Catalog, key: RecipientKey) -> None:
         raise RefusedError("the key belongs to another repository", hint="Unlock this repository with its own key.")
     machines, problems = read_machines(repository.store, repository.config.id)
     catalog.problems += problems
+    names = find_secrets(repository.store, key)
     for machine in machines:
         try:
-            catalog.machines[machine.id] = MachineAccess(machine, open_secrets(repository.store, machine, key))
+            domain = open_secrets(repository.store, machine, key, names)
+            catalog.machines[machine.id] = MachineAccess(machine, domain)
         except DamagedError as error:
             catalog.problems.append(error.message)
     known = {machine.id for machine in machines}
     found = (_FOLDER.match(entry.name) for entry in repository.store.entries(HISTORY))
     owners = {match[1] for match in found if match}
     catalog.problems += [f"the machine of {HISTORY}{each}/ has no record" for each in sorted(owners - known)]
+
+
+def need_unretired(repository: Repository, machine: MachineRecord) -> None:
+    """Raise RefusedError if a machine's keys were retired, so that nothing it adds counts."""
+    if machine.id in read_vouched(repository).retired:
+        raise RefusedError(
+            f"the keys of machine '{machine.name}' ({machine.id[:12]}) were retired by a recipient of the repository",
+            hint="Nothing was added. The next backup of this machine enrolls it anew, with new keys.",
+        )
 
 
 def is_void(repository: Repository, machine: MachineRecord, sequence: int) -> bool:
@@ -255,21 +290,31 @@ def is_void(repository: Repository, machine: MachineRecord, sequence: int) -> bo
     return not ledgers.certain or is_gone(sequence, ledgers.gone)
 
 
-def read_history(repository: Repository, access: MachineAccess, recipients: Recipients) -> History:
+def _share_pages(snapshot: Snapshot, pages: dict[bytes, bytes]) -> Snapshot:
+    """Return the same snapshot, but with the very objects that earlier ones have for equal pages of maps."""
+    images = (
+        msgspec.structs.replace(image, pages=tuple(pages.setdefault(page, page) for page in image.pages))
+        for image in snapshot.images
+    )
+    return replace(snapshot, images=tuple(images))
+
+
+def read_history(repository: Repository, access: MachineAccess, vouched: Vouched) -> History:
     """Read and verify all that stands of a machine's history."""
     machine, problems = access.machine, list[str]()
     names = entry_names(repository, machine.id)
-    ledgers = find_ledgers(repository, machine, recipients, names, problems)
+    ledgers = find_ledgers(repository, machine, vouched, names, problems)
     envelopes: list[Envelope] = []
     snapshots: list[Snapshot] = []
+    pages: dict[bytes, bytes] = {}
     for name in names:
         if is_gone(sequence_of(name), ledgers.gone):
             continue
         try:
-            envelope, data = read_entry(repository, name, machine, recipients)
+            envelope, data = read_entry(repository, name, machine, vouched)
             envelopes.append(envelope)
             if envelope.kind != LEDGER:
-                snapshots.append(open_snapshot(envelope, data, machine, access.domain))
+                snapshots.append(_share_pages(open_snapshot(envelope, data, machine, access.domain), pages))
         except DamagedError as error:
             problems.append(error.message)
     problems += check_chain(envelopes, ledgers.gone, machine.name)

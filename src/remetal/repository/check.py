@@ -7,7 +7,6 @@ with a key every snapshot's chunks are looked up; with a recipient's key every c
 from __future__ import annotations
 
 import os
-import re
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 
 from blake3 import blake3
 
-from remetal.errors import DamagedError, RefusedError
+from remetal.errors import DamagedError
 from remetal.events import Note, Progress, Report, Step, silent
 from remetal.repository.catalog import (
     Catalog,
@@ -27,16 +26,13 @@ from remetal.repository.catalog import (
     read_vouched,
 )
 from remetal.repository.chunks import find_packs, image_runs, load_table, read_contents
-from remetal.repository.config import decode_config
 from remetal.repository.history import LEDGER, Envelope, check_chain, is_gone, sequence_of
 from remetal.repository.indexes import PACKS_PER_INDEX, put_index
 from remetal.repository.machines import MachineKeys, MachineRecord, read_machines
 from remetal.repository.maps import ZERO_ID
+from remetal.repository.named import NamedObjects
 from remetal.repository.objects import (
-    CONFIG,
     HISTORY,
-    LOCKS,
-    MAX_KEY_OBJECT,
     PACKS,
     damaged,
     get_object,
@@ -46,30 +42,28 @@ from remetal.repository.objects import (
 from remetal.repository.packs import FOOTER, MAX_PACK, ZSTD, Codec, Contents, offsets, open_pack
 from remetal.repository.recipients import RecipientKey, read_recipients, read_revoked
 from remetal.repository.repository import Repository
+from remetal.repository.retired import read_retired
+from remetal.repository.scrub import scrub_store
 from remetal.repository.slots import read_slots
 from remetal.repository.snapshots import Snapshot
 from remetal.repository.table import ChunkTable
-from remetal.storage import Entry, NotFoundError, Store
-from remetal.units import MIB
-
-_PIECE = 4 * MIB
-_ID = "[0-9a-f]{32}"
-_HASH = "[0-9a-f]{64}"
-_OURS = re.compile(
-    rf"config|keys/(recipients|revoked|slots|machines)/{_ID}\.{_HASH}|keys/secrets/{_ID}\.{_ID}\.{_HASH}"
-    rf"|packs/{_ID}/([0-9a-f]{{2}})/\2[0-9a-f]{{62}}|(index|maps)/{_ID}/{_HASH}|(history|locks)/{_ID}/[0-9a-f]{{16}}"
-)
+from remetal.storage import Entry, Store
 
 
 @dataclass(slots=True)
 class CheckResult:
-    """What a check has looked at, and a sentence for each thing that is wrong."""
+    """What a check has looked at, and a sentence for each thing that is wrong.
+
+    `repairable` packs are damaged or missing, and parity can rebuild them; `unprotected` ones have no parity.
+    """
 
     problems: list[str] = field(default_factory=list)
     objects: int = 0
     bytes: int = 0
     snapshots: int = 0
     chunks_read: int = 0
+    repairable: int = 0
+    unprotected: int = 0
     _told: set[str] = field(default_factory=set, repr=False)
 
     @property
@@ -98,7 +92,7 @@ def check_repository(
     assert not read_data or isinstance(keys, RecipientKey), "reading data needs a recipient's key"
     result = CheckResult()
     report(Step("Comparing every object with the hash in its name"))
-    _scrub(repository.store, result, report)
+    _scrub(repository, result, report)
     report(Step("Checking keys, signatures and the chain of snapshots"))
     _check_public(repository, result)
     if keys is None:
@@ -125,7 +119,7 @@ def rebuild_index(repository: Repository, key: RecipientKey, *, report: Report =
     interrupted backup has left behind become useful, too. A pack that is damaged is passed over with a note.
     """
     catalog = open_catalog(repository, key)
-    known = _known_packs(catalog)
+    known = known_packs(catalog)
     found: dict[str, list[Contents]] = {}
     count = 0
     for entry in repository.store.entries(PACKS):
@@ -155,14 +149,14 @@ def _put_found(repository: Repository, catalog: Catalog, found: dict[str, list[C
     put_index(repository.store, repository.config.id, domain, found.pop(machine_id), avoid=avoid)
 
 
-def _known_packs(catalog: Catalog) -> set[bytes]:
-    """Return the hashes of all packs that are in an index or condemned."""
-    known: set[bytes] = set()
+def known_packs(catalog: Catalog) -> NamedObjects:
+    """Return all packs that are in an index or condemned; the sizes of the latter are not known."""
+    known = NamedObjects()
     for access in catalog.machines.values():
-        ledger = catalog.ledgers[access.machine.id].newest
-        known |= ledger.packs if ledger is not None else frozenset()
         for _, packs in read_contents(catalog.repository, access.domain, None, []):
-            known.update(pack.identity for pack in packs)
+            known.add((pack.identity, pack.size) for pack in packs)
+        ledger = catalog.ledgers[access.machine.id].newest
+        known.add((identity, 0) for identity in (ledger.packs if ledger is not None else ()))
     return known
 
 
@@ -174,41 +168,29 @@ def _read_pack_contents(repository: Repository, key: RecipientKey, entry: Entry)
     return opener.machine_id, opener.open_contents(data, len(data))
 
 
-def _scrub(store: Store, result: CheckResult, report: Report) -> None:
-    total = sum(entry.size for entry in store.entries(""))
-    for entry in store.entries(""):
-        if entry.name.startswith(LOCKS):
-            continue
-        result.objects += 1
-        if not _OURS.fullmatch(entry.name):
-            report(Note(f"the object {entry.name} is not one of remetal's"))
-        elif entry.name == CONFIG:
-            try:
-                decode_config(get_object(store, CONFIG, MAX_KEY_OBJECT))
-            except (DamagedError, RefusedError) as error:
-                result.add(error.message)
-        elif not entry.name.startswith(HISTORY) and _hash_object(store, entry) != hash_in_name(entry.name):
-            result.add(f"the object {entry.name} is not what was written: its hash differs")
-        result.bytes += entry.size
-        report(Progress("objects", result.bytes, max(total, result.bytes)))
-
-
-def _hash_object(store: Store, entry: Entry) -> bytes | None:
-    hasher = blake3()
-    done = 0
-    try:
-        while piece := store.get(entry.name, start=done, size=_PIECE):
-            hasher.update(piece)
-            done += len(piece)
-    except NotFoundError:
-        return None
-    return hasher.digest()
+def _scrub(repository: Repository, result: CheckResult, report: Report) -> None:
+    found = scrub_store(repository.store, report)
+    result.objects, result.bytes = found.objects, found.bytes
+    result.add(*found.problems)
+    packs = sorted(name for name in found.bad if name.startswith(PACKS))
+    missing = set(packs)
+    if packs:
+        missing.difference_update(entry.name for entry in repository.store.entries(PACKS))
+    result.repairable = sum(bool(found.helpers(name)) for name in packs)
+    if missing:
+        report(Note(f"{len(missing)} packs that parity covers are not there, {min(missing)} among them"))
+    if result.repairable:
+        report(Note(f"parity can rebuild {result.repairable} of {len(packs)} damaged or missing packs: remetal repair"))
+    if repository.config.parity and found.unprotected:
+        result.unprotected = found.unprotected
+        report(Note(f"{result.unprotected} packs have no parity: `remetal repair` or `remetal prune` adds it"))
 
 
 def _check_public(repository: Repository, result: CheckResult) -> None:
     store, repository_id = repository.store, repository.config.id
     recipients, problems = read_recipients(store, repository_id)
     problems += read_revoked(store, repository_id, recipients)[1]
+    problems += read_retired(store, repository_id, {each.id: each for each in recipients})[1]
     result.add(*problems, *([] if recipients else ["the repository's first recipient is missing or damaged"]))
     result.add(*(error.message for error in read_slots(store, repository_id)[1]))
     machines, problems = read_machines(store, repository_id)
@@ -219,20 +201,25 @@ def _check_public(repository: Repository, result: CheckResult) -> None:
 
 
 def _check_history(repository: Repository, machine: MachineRecord, result: CheckResult) -> None:
-    recipients = read_vouched(repository)
+    vouched = read_vouched(repository)
     names, problems = entry_names(repository, machine.id), list[str]()
-    gone = find_ledgers(repository, machine, recipients, names, problems).gone
+    gone = find_ledgers(repository, machine, vouched, names, problems).gone
     result.add(*problems)
     envelopes: list[Envelope] = []
     for name in names:
         if is_gone(sequence_of(name), gone):
             continue
         try:
-            envelopes.append(read_entry(repository, name, machine, recipients)[0])
+            envelopes.append(read_entry(repository, name, machine, vouched)[0])
         except DamagedError as error:
             result.add(error.message)
     result.snapshots += sum(each.kind != LEDGER for each in envelopes)
     result.add(*check_chain(envelopes, gone, machine.name))
+    retired = vouched.retired.get(machine.id)
+    if retired is not None and max(map(sequence_of, names), default=0) < retired.last:
+        result.add(
+            f"the newest entries of machine '{machine.name}' have vanished: its keys were retired with {retired.last}"
+        )
 
 
 def _check_owners(store: Store, machines: list[MachineRecord], result: CheckResult) -> None:
@@ -246,23 +233,18 @@ def _check_chunks(catalog: Catalog, access: MachineAccess, result: CheckResult, 
     ledger = catalog.ledgers[access.machine.id].newest
     table = load_table(catalog.repository, access.domain, ledger, damage)
     result.add(*(error.message for error in damage))
-    present = find_packs(catalog.repository, access.machine.id) if table.absent else {}
-    absent = [
-        damaged(
-            pack_name(access.machine.id, identity),
-            f"it has {present[identity]} bytes instead of {size}" if identity in present else "it is missing",
-        ).message
-        for identity, size in table.absent
-    ]
     checked: set[bytes] = set()
     lacking = 0
     for snapshot in catalog.snapshots():
         if snapshot.machine_id == access.machine.id:
             lacking += _check_snapshot(catalog, snapshot, table, checked, result)
-    if lacking:
-        result.add(*absent)
-    elif absent:
-        report(Note(f"{len(absent)} packs of {access.machine.name} are missing that no snapshot needs, harmless"))
+    if not lacking and table.absent:
+        report(Note(f"{len(table.absent)} packs of {access.machine.name} are missing that no snapshot needs, harmless"))
+    present = find_packs(catalog.repository, access.machine.id) if lacking else NamedObjects()
+    for identity, size in table.absent if lacking else ():
+        there = present.sizes([identity])[0]
+        what = f"it has {there} bytes instead of {size}" if there >= 0 else "it is missing"
+        result.add(damaged(pack_name(access.machine.id, identity), what).message)
 
 
 def _check_snapshot(
@@ -278,24 +260,29 @@ def _check_snapshot(
         if identity in checked:
             continue
         what = f"snapshot {snapshot.id[:12]} of '{snapshot.machine}', image of {image.volume}"
-        unknown = 0
+        unknown = misfits = 0
         try:
             for run in image_runs(catalog.repository, catalog.machines[snapshot.machine_id].domain, image):
-                unknown += table.packs_of([each for each in run.ids if each != ZERO_ID]).count(-1)
+                needed = [(at, each) for at, each in enumerate(run.ids, run.first) if each != ZERO_ID]
+                for (at, _), length in zip(needed, table.lengths_of([each for _, each in needed]), strict=True):
+                    unknown += length < 0
+                    misfits += 0 <= length != min(image.chunk_size, image.size - at * image.chunk_size)
         except DamagedError as error:
             result.add(f"{what}: {error.message}")
             continue
+        if misfits:
+            result.add(f"{what}: {misfits} chunks are longer or shorter than their place")
         if unknown:
             where = "in no pack that is there" if table.absent else "in no index object"
             result.add(f"{what}: {unknown} chunks are {where} of machine {snapshot.machine_id}")
-        else:
+        if not unknown and not misfits:
             checked.add(identity)
         lacking += unknown
     return lacking
 
 
 def _note_orphans(catalog: Catalog, report: Report) -> None:
-    known = _known_packs(catalog)
+    known = known_packs(catalog)
     orphans = sum(hash_in_name(entry.name) not in known for entry in catalog.repository.store.entries(PACKS))
     if orphans:
         report(Note(f"{orphans} packs are in no index: left by an interrupted backup, harmless"))
@@ -328,12 +315,12 @@ def _check_data(
 
 def _all_packs(catalog: Catalog, access: MachineAccess) -> Iterator[Contents]:
     """Yield the packs of a machine that its index tells of and that are there; what is missing is told elsewhere."""
-    seen: set[bytes] = set()
+    seen = NamedObjects()
     present = find_packs(catalog.repository, access.machine.id)
     for _, packs in read_contents(catalog.repository, access.domain, catalog.ledgers[access.machine.id].newest, []):
-        for pack in packs:
-            if pack.identity in present and pack.identity not in seen:
-                seen.add(pack.identity)
+        fresh = seen.add((pack.identity, pack.size) for pack in packs)
+        for pack, number in zip(packs, fresh, strict=True):
+            if number >= 0 and pack.identity in present:
                 yield pack
 
 

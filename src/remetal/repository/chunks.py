@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from remetal.errors import DamagedError
 from remetal.repository.indexes import index_folder, read_index
 from remetal.repository.ledgers import Ledger
 from remetal.repository.machines import Domain
 from remetal.repository.maps import Run, read_pages
+from remetal.repository.named import NamedObjects, gather
 from remetal.repository.objects import hash_in_name, pack_folder
 from remetal.repository.packs import Contents
 from remetal.repository.repository import Repository
@@ -60,15 +61,17 @@ def load_table(
     table = ChunkTable()
     present = find_packs(repository, domain.machine_id)
     for _, packs in read_contents(repository, domain, ledger, problems):
-        for pack in packs:
-            if present.get(pack.identity) == pack.size:
-                table.add(pack)
-            else:
-                table.absent.append((pack.identity, pack.size))
+        sizes = present.sizes([each.identity for each in packs])
+        table.add([each for each, size in zip(packs, sizes, strict=True) if each.size == size])
+        table.absent.add(
+            (each.identity, each.size) for each, size in zip(packs, sizes, strict=True) if each.size != size
+        )
+    table.settle()
     return table
 
 
-def find_packs(repository: Repository, machine_id: str) -> dict[bytes, int]:
-    """Return the sizes of the packs of a machine that are there, by their hashes."""
-    found = ((hash_in_name(e.name), e.size) for e in repository.store.entries(pack_folder(machine_id)))
-    return {identity: size for identity, size in found if identity is not None}
+def find_packs(repository: Repository, machine_id: str, *, without: Container[bytes] = ()) -> NamedObjects:
+    """Return the packs of a machine that are there, but for some."""
+    entries = repository.store.entries(pack_folder(machine_id))
+    named = ((hash_in_name(entry.name), entry.size) for entry in entries)
+    return gather((identity, size) for identity, size in named if identity is not None and identity not in without)

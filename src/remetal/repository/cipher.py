@@ -36,9 +36,12 @@ class CipherError(Exception):
     """A seal or signature does not fit. Callers turn it into an error that names the object."""
 
 
-def derive(context: str, material: bytes, size: int = KEY_SIZE) -> bytes:
-    """Return `size` bytes that only the holder of `material` can compute: BLAKE3's derive_key mode."""
-    return blake3(material, derive_key_context=f"remetal 1 {context}").digest(size)
+def derive(context: str, *material: bytes, size: int = KEY_SIZE) -> bytes:
+    """Return `size` bytes that only the holder of the joined `material` can compute: BLAKE3's derive_key mode."""
+    hasher = blake3(derive_key_context=f"remetal 1 {context}")
+    for piece in material:
+        hasher.update(piece)
+    return hasher.digest(size)
 
 
 def digest(*pieces: bytes | memoryview) -> bytes:

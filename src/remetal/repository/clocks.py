@@ -2,7 +2,8 @@
 
 A clock may be wrong by an hour or by ten years, jump ahead, or go backwards. What is to wait for a time is therefore
 told by witnesses: as long as a host is not booted again its uptime is trusted; beyond that the difference of two
-clocks counts, but never as more than a part of the time to wait, so that a single wrong clock cannot end it.
+clocks counts, but never as more than a part of the time to wait, and what one clock was ahead is taken back when the
+other is asked again. So a single wrong clock cannot end it, however often the two alternate.
 """
 
 from __future__ import annotations
@@ -33,10 +34,14 @@ def witness_now() -> Witness:
 
 
 def passed(before: Witness, after: Witness, most: float) -> float:
-    """Return how many seconds have surely passed; at most `most` where only the time of day tells."""
+    """Return how many seconds have surely passed.
+
+    Where only the time of day tells, at most `most`; at least `-most` if it was earlier now than before: then some of
+    what counted before was no time.
+    """
     if before.boot_id and before.boot_id == after.boot_id:
         return max(after.uptime - before.uptime, 0.0)
-    return min(max(after.time - before.time, 0.0), most)
+    return min(max(after.time - before.time, -most), most)
 
 
 def read_text(path: str) -> str:

@@ -16,6 +16,7 @@ from remetal.repository.objects import (
     MAX_KEY_OBJECT,
     PACKS,
     Record,
+    check_moment,
     damaged,
     decode_json,
     encode_json,
@@ -32,13 +33,17 @@ DEFAULT_CHUNK_SIZE = 256 * KIB
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
-class Config(Record, frozen=True, kw_only=True):
-    """Format number, the repository's id (the id of its first recipient), chunk size in bytes, and birthday."""
+class Config(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """Format number, the repository's id (the id of its first recipient), chunk size in bytes, and birthday.
+
+    `parity` says whether packs are to be protected by parity; without it the field is not written.
+    """
 
     format: int
     id: str
     chunk_size: int
     created: str
+    parity: bool = False
 
 
 def check_chunk_size(chunk_size: int) -> None:
@@ -71,7 +76,8 @@ def decode_config(data: bytes) -> Config:
         check_chunk_size(config.chunk_size)
     except UsageError as error:
         raise damaged(CONFIG, error.message) from error
-    if config.format != FORMAT or not _ID.fullmatch(config.id) or len(config.created) > 64:
+    check_moment(CONFIG, config.created)
+    if config.format != FORMAT or not _ID.fullmatch(config.id):
         raise damaged(CONFIG, "its values are impossible")
     return config
 

@@ -8,19 +8,25 @@ whole snapshots only; a copy that is cut off goes on where it was.
 from __future__ import annotations
 
 import re
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import TypeVar
 
 from remetal.errors import DamagedError, RefusedError
 from remetal.events import Progress, Report, Step, silent
 from remetal.repository.catalog import entry_names, find_ledgers, read_entry, read_vouched
+from remetal.repository.chunks import find_packs
 from remetal.repository.cipher import digest
 from remetal.repository.config import Config, decode_config, encode_config, read_config
+from remetal.repository.groups import GroupIndex
 from remetal.repository.history import is_gone, sequence_of
 from remetal.repository.ledgers import MAX_LEDGER, split_packs
 from remetal.repository.machines import MachineRecord, read_machines
+from remetal.repository.named import NamedObjects, gather
 from remetal.repository.objects import (
     CONFIG,
     HISTORY,
@@ -28,18 +34,25 @@ from remetal.repository.objects import (
     KEYS,
     MAPS,
     PACKS,
+    PARITY,
     SLOTS,
     damaged,
     hash_in_name,
+    largest,
     pack_name,
     put_once,
 )
+from remetal.repository.parity import find_groups, parity_folder, rebuild_from
+from remetal.repository.protect import Sorting
 from remetal.repository.repository import Repository
 from remetal.repository.snapshots import MAX_SNAPSHOT
 from remetal.storage import Entry, NotFoundError, Store
 
-_AT_ONCE = 4
+AT_ONCE = 4
 """Objects under way at the same time; each may take 64 MiB."""
+_NAMES_AT_ONCE = 1 << 12
+_Item = TypeVar("_Item")
+_PACK = re.compile(rf"{PACKS}([0-9a-f]{{32}})/[0-9a-f]{{2}}/[0-9a-f]{{64}}")
 _OWNER = re.compile(rf"{HISTORY}([0-9a-f]{{32}})/")
 
 
@@ -57,19 +70,25 @@ class CopyResult:
 def copy_repository(source: Store, target: Store, *, delete: bool = False, report: Report = silent) -> CopyResult:
     """Copy everything that the target lacks, and return what was done.
 
-    `delete` also deletes at the target what the source's newest ledgers say is gone or doomed, and passphrases that
-    were removed. Objects whose bytes are not what was written are not copied, and told. Raises RefusedError if the
-    target holds another repository, DamagedError if the source's config or a machine's history is not readable.
+    `delete` also deletes at the target what the source's newest ledgers say is gone or doomed, parity that was
+    replaced, and passphrases that were removed. Objects whose bytes are not what was written are told, and not copied,
+    but for packs that parity can rebuild: those are whole at the target. Raises RefusedError if the target holds
+    another repository, DamagedError if the source's config or a machine's history is not readable.
     """
     repository = Repository(source, read_config(source))
     fresh = _check_target(source, target, repository.config)
     result = CopyResult()
+    rebuilding = _Rebuilding(source)
     machines = {each.id: each for each in read_machines(source, repository.config.id)[0]}
     history = [entry for entry in source.entries(HISTORY) if sequence_of(entry.name)]
-    for what, prefixes in (("keys", KEYS), ("packs", (PACKS,)), ("index and maps", (INDEX, MAPS))):
+    for what, prefixes in (
+        ("keys", KEYS),
+        ("packs", (PACKS,)),
+        ("parity", (PARITY,)),
+        ("index and maps", (INDEX, MAPS)),
+    ):
         report(Step(f"Copying {what}"))
-        entries = [entry for prefix in prefixes for entry in source.entries(prefix) if hash_in_name(entry.name)]
-        _copy_all(source, target, what, entries, result, report)
+        _copy_all(source, target, what, prefixes, result, rebuilding, report)
     report(Step("Copying histories"))
     _copy_history(repository, target, machines, history, result)
     if fresh:
@@ -86,8 +105,9 @@ def _check_target(source: Store, target: Store, config: Config) -> bool:
     try:
         there = target.get(CONFIG)
     except NotFoundError:
-        ours = {entry.name for entry in source.entries("")}  # names with ids and hashes: nobody else has such
-        if any(entry.name not in ours for entry in target.entries("")):
+        theirs = _sizes_by_name(target, ("",))
+        ours = sum(size >= 0 for _, size in _with_sizes(source.entries(""), theirs)) if theirs else 0
+        if ours < len(theirs):  # names have ids and hashes in them: nobody else has such
             raise RefusedError(
                 f"{target.location} holds something else already", hint="Choose an empty place for the copy."
             ) from None
@@ -101,32 +121,68 @@ def _check_target(source: Store, target: Store, config: Config) -> bool:
 
 
 def _copy_all(
-    source: Store, target: Store, what: str, entries: list[Entry], result: CopyResult, report: Report
+    source: Store,
+    target: Store,
+    what: str,
+    prefixes: Sequence[str],
+    result: CopyResult,
+    rebuilding: _Rebuilding,
+    report: Report,
 ) -> None:
-    """Copy objects that are named after their content, several at once."""
-    prefixes = {entry.name.split("/")[0] + "/" for entry in entries}
-    there = {entry.name: entry.size for prefix in prefixes for entry in target.entries(prefix)}
-    lacking = [entry for entry in entries if there.get(entry.name) != entry.size]
-    result.there += len(entries) - len(lacking)
-    total, done = sum(entry.size for entry in lacking), 0
-    for entry, problem in _spread(lacking, lambda each: _copy_named(source, target, each, each.name in there)):
+    """Copy objects that are named after their content, several at once.
+
+    The source is listed twice, first to know how much there is to do: there may be more names than fit into memory.
+    """
+    there = _sizes_by_name(target, prefixes)
+
+    def listed() -> Iterator[tuple[Entry, int]]:
+        entries = chain.from_iterable(source.entries(prefix) for prefix in prefixes)
+        return _with_sizes((entry for entry in entries if hash_in_name(entry.name)), there)
+
+    total = done = 0
+    for entry, size in listed():
+        total += entry.size if entry.size != size else 0
+        result.there += entry.size == size
+
+    def copy(lacking: tuple[Entry, int]) -> str:
+        entry, size = lacking
+        return _copy_named(source, target, entry, size >= 0, rebuilding)
+
+    for (entry, _), problem in _spread(((entry, size) for entry, size in listed() if entry.size != size), copy):
         done += entry.size
         if problem:
             result.problems.append(problem)
         else:
             result.objects += 1
             result.bytes += entry.size
-        report(Progress(what, done, max(total, 1)))
+        report(Progress(what, done, max(total, done, 1)))
 
 
-def _spread(entries: Iterable[Entry], work: Callable[[Entry], str]) -> Iterator[tuple[Entry, str]]:
-    """Yield each entry with what `work` returned for it, in order."""
-    waiting: deque[tuple[Entry, Future[str]]] = deque()
-    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="copy") as pool:
+def _sizes_by_name(store: Store, prefixes: Sequence[str]) -> NamedObjects:
+    """Return the sizes of a store's objects by the hashes of their names."""
+    entries = chain.from_iterable(store.entries(prefix) for prefix in prefixes)
+    return gather((_key(entry.name), entry.size) for entry in entries)
+
+
+def _with_sizes(entries: Iterable[Entry], there: NamedObjects) -> Iterator[tuple[Entry, int]]:
+    """Yield each entry with the size that the object of its name has in the other store, -1 if there is none."""
+    left = iter(entries)
+    while group := list(islice(left, _NAMES_AT_ONCE)):
+        yield from zip(group, there.sizes([_key(entry.name) for entry in group]), strict=True)
+
+
+def _key(name: str) -> bytes:
+    return digest(name.encode())
+
+
+def _spread(items: Iterable[_Item], work: Callable[[_Item], str]) -> Iterator[tuple[_Item, str]]:
+    """Yield each item with what `work` returned for it, in order."""
+    waiting: deque[tuple[_Item, Future[str]]] = deque()
+    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="copy") as pool:
         try:
-            for entry in entries:
-                waiting.append((entry, pool.submit(work, entry)))
-                if len(waiting) > _AT_ONCE:
+            for item in items:
+                waiting.append((item, pool.submit(work, item)))
+                if len(waiting) > AT_ONCE:
                     done, future = waiting.popleft()
                     yield done, future.result()
             while waiting:
@@ -136,18 +192,49 @@ def _spread(entries: Iterable[Entry], work: Callable[[Entry], str]) -> Iterator[
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _copy_named(source: Store, target: Store, entry: Entry, replace: bool) -> str:
-    """Copy one object, replacing one of another size; return what is wrong with it, if anything is."""
+def _copy_named(source: Store, target: Store, entry: Entry, replace: bool, rebuilding: _Rebuilding) -> str:
+    """Copy one object, replacing one of another size; return what is wrong with it, if anything is.
+
+    A damaged pack is copied as it was written, if parity can tell what that was.
+    """
+    limit = largest(entry.name)
+    problem = ""
     try:
-        data = source.get(entry.name)
+        data = source.get(entry.name, size=limit + 1)
     except NotFoundError:
         return ""  # deleted meanwhile: nothing that stays needs it
-    if digest(data) != hash_in_name(entry.name):
-        return damaged(entry.name, "it is not what was written: its hash differs").message
+    if len(data) > limit or digest(data) != hash_in_name(entry.name):
+        problem = damaged(entry.name, "it is not what was written: its hash differs").message
+        rebuilt = rebuilding.rebuild(entry.name)
+        if rebuilt is None:
+            return problem
+        problem, data = f"{problem}; the copy is whole, because parity told what it was", rebuilt
     if replace:
         target.delete(entry.name)
     put_once(target, entry.name, [data])
-    return ""
+    return problem
+
+
+class _Rebuilding:
+    """Rebuilds damaged packs of a store from its parity, one after the other."""
+
+    def __init__(self, source: Store) -> None:
+        self._source = source
+        self._guard = threading.Lock()
+        self._index: tuple[str, GroupIndex] | None = None
+
+    def rebuild(self, name: str) -> bytes | None:
+        """Return the bytes of a pack as they were, None if parity cannot tell or it is no pack."""
+        match, identity = _PACK.fullmatch(name), hash_in_name(name)
+        if match is None or identity is None:
+            return None
+        with self._guard:
+            if self._index is None or self._index[0] != match[1]:
+                self._index = match[1], GroupIndex(self._source, match[1], [])
+            try:
+                return rebuild_from(self._source, match[1], self._index[1].of(identity), identity)
+            except DamagedError:
+                return None
 
 
 def _copy_history(
@@ -158,7 +245,7 @@ def _copy_history(
     result: CopyResult,
 ) -> None:
     """Copy the entries that were there before anything else was looked at, oldest first."""
-    recipients = read_vouched(repository)
+    vouched = read_vouched(repository)
     there = {entry.name for entry in target.entries(HISTORY)}
     for entry in history:
         if entry.name in there:
@@ -170,7 +257,7 @@ def _copy_history(
         try:
             if machine is None:
                 raise damaged(entry.name, "its machine has no record")
-            data = read_entry(repository, entry.name, machine, recipients)[1]
+            data = read_entry(repository, entry.name, machine, vouched)[1]
         except DamagedError as error:
             if _exists(repository.store, entry.name):
                 result.problems.append(error.message)
@@ -204,11 +291,11 @@ def _compare(source: Store, target: Store, entry: Entry, result: CopyResult) -> 
 def _delete_gone(repository: Repository, target: Store, machines: Iterable[MachineRecord], result: CopyResult) -> None:
     """Delete at the target what the ledgers that are there say, and passphrases that the source no longer has."""
     copied = Repository(target, repository.config)
-    recipients = read_vouched(copied)
+    vouched = read_vouched(copied)
     names: list[str] = []
     for machine in machines:
         entries, problems = entry_names(copied, machine.id), list[str]()
-        ledgers = find_ledgers(copied, machine, recipients, entries, problems)
+        ledgers = find_ledgers(copied, machine, vouched, entries, problems)
         if problems or ledgers.newest is None:
             continue
         doomed = ledgers.newest.body.doomed
@@ -217,8 +304,21 @@ def _delete_gone(repository: Repository, target: Store, machines: Iterable[Machi
     kept = {entry.name for entry in repository.store.entries(SLOTS)}
     if kept:
         names += [entry.name for entry in target.entries(SLOTS) if entry.name not in kept]
-    present = {entry.name for entry in target.entries("")}
+    wanted = set(names)
+    present = {entry.name for entry in target.entries("") if entry.name in wanted}
     for name in names:
         if name in present:
             target.delete(name)
             result.deleted += 1
+    for machine in machines:
+        for name in _stale_parity(repository.store, copied, machine.id):
+            target.delete(name)
+            result.deleted += 1
+
+
+def _stale_parity(source: Store, target: Repository, machine_id: str) -> list[str]:
+    """Return parity objects of the target that the source has replaced, and whose packs others protect by now."""
+    sorting = Sorting(find_packs(target, machine_id), find_groups(target.store, machine_id, []))
+    deque(sorting.fragments(), 0)
+    kept = {entry.name for entry in source.entries(parity_folder(machine_id))}
+    return [name for name in sorting.obsolete if name not in kept]

@@ -5,24 +5,43 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from remetal import __version__
 from remetal.errors import DamagedError, UnavailableError
 from remetal.repository.catalog import (
     History,
     MachineAccess,
-    Recipients,
     is_void,
     open_catalog,
     read_history,
     read_vouched,
 )
+from remetal.repository.cipher import digest
 from remetal.repository.clocks import witness_now
-from remetal.repository.history import LEDGER, Envelope, Gone, is_gone, merge_gone, sequence_of
-from remetal.repository.ledgers import NOTHING_DOOMED, Condemned, Ledger, LedgerBody, encode_ledger, put_ledger
-from remetal.repository.objects import HELP
+from remetal.repository.history import (
+    LEDGER,
+    Envelope,
+    Gone,
+    entry_name,
+    is_gone,
+    merge_gone,
+    open_envelope,
+    sequence_of,
+)
+from remetal.repository.ledgers import (
+    NOTHING_DOOMED,
+    Condemned,
+    Ledger,
+    LedgerBody,
+    encode_ledger,
+    open_ledger,
+    put_ledger,
+)
+from remetal.repository.objects import HELP, miscalculated
 from remetal.repository.recipients import RecipientKey
 from remetal.repository.repository import Repository, utc_now
+from remetal.repository.retired import Vouched
 from remetal.storage import AlreadyExistsError, RetainedError
 
 _TRIES = 20
@@ -70,11 +89,15 @@ def append_ledger(
 
     `decide` is asked again whenever the history has gone on meanwhile. Raises DamagedError if the history is not whole.
     """
-    recipients = read_vouched(repository)
+    vouched = read_vouched(repository)
     for _ in range(_TRIES):
-        history = need_whole_history(repository, access, recipients)
+        history = need_whole_history(repository, access, vouched)
         decision = decide(history)
-        data, sequence = _encode(history, access, key, decision)
+        body, links = _body(history, decision), _links(history)
+        data = encode_ledger(body, access.machine.id, key, *links)
+        sequence = links.sequence
+        if digest(data) != _read_back(access, vouched, data, body, links):
+            raise miscalculated("a ledger")
         try:
             put_ledger(repository.store, access.machine.id, sequence, data)
         except AlreadyExistsError:
@@ -87,9 +110,9 @@ def append_ledger(
     )
 
 
-def need_whole_history(repository: Repository, access: MachineAccess, recipients: Recipients) -> History:
+def need_whole_history(repository: Repository, access: MachineAccess, vouched: Vouched) -> History:
     """Return a machine's history. Raises DamagedError if anything about it is not as it should be."""
-    history = read_history(repository, access, recipients)
+    history = read_history(repository, access, vouched)
     if history.problems or not history.ledgers.certain:
         what = history.problems[0] if history.problems else "its newest ledger cannot be read"
         raise DamagedError(
@@ -108,28 +131,44 @@ def delete_gone(repository: Repository, access: MachineAccess) -> None:
                 repository.store.delete(name)
 
 
-def _encode(history: History, access: MachineAccess, key: RecipientKey, decision: Decision) -> tuple[bytes, int]:
-    """Return the bytes and the number of the ledger that follows all that there is."""
-    before = history.ledgers.newest
-    last = history.envelopes[-1] if history.envelopes else None
-    body = LedgerBody(
+def _body(history: History, decision: Decision) -> LedgerBody:
+    """Return what the ledger says that follows all that there is."""
+    return LedgerBody(
         time=utc_now(),
         version=__version__,
         witness=witness_now(),
-        gone=merge_gone([*history.ledgers.gone, *_new_gone(before, decision)]),
+        gone=merge_gone([*history.ledgers.gone, *_new_gone(history.ledgers.newest, decision)]),
         condemned=decision.condemned,
         doomed=decision.doomed,
     )
-    sequence = last.sequence + 1 if last is not None else 1
-    data = encode_ledger(
-        body,
-        access.machine.id,
-        key,
-        sequence,
-        previous=last.id if last is not None else "",
-        ledger=before.envelope.sequence if before is not None else 0,
-    )
-    return data, sequence
+
+
+class _Links(NamedTuple):
+    """The number of the next entry, the id of the one before it, and the number of the ledger before it."""
+
+    sequence: int
+    previous: str
+    ledger: int
+
+
+def _links(history: History) -> _Links:
+    before = history.ledgers.newest
+    last = history.envelopes[-1] if history.envelopes else None
+    ledger = before.envelope.sequence if before is not None else 0
+    return _Links(last.sequence + 1, last.id, ledger) if last is not None else _Links(1, "", ledger)
+
+
+def _read_back(access: MachineAccess, vouched: Vouched, data: bytes, body: LedgerBody, links: _Links) -> bytes:
+    """Decode a ledger from the very bytes that will be stored, and return their hash. Raises RemetalError."""
+    try:
+        name = entry_name(access.machine.id, links.sequence)
+        envelope = open_envelope(name, data, access.machine, vouched)
+        found = open_ledger(envelope, data).body
+    except DamagedError as error:
+        raise miscalculated("a ledger") from error
+    if found != body or (envelope.previous, envelope.ledger) != (links.previous, links.ledger):
+        raise miscalculated("a ledger")
+    return bytes.fromhex(envelope.id)
 
 
 def _new_gone(before: Ledger | None, decision: Decision) -> Iterator[Gone]:

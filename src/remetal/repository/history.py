@@ -12,17 +12,20 @@ The clear part lets anybody follow the chain.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import msgspec
 import zstandard
 
+from remetal.errors import RefusedError
 from remetal.repository.cipher import KEY_SIZE, SIGNATURE_SIZE, CipherError, digest, sign, verify
 from remetal.repository.machines import MachineRecord
 from remetal.repository.objects import HISTORY, Record, RecordT, damaged, header
-from remetal.repository.recipients import RecipientRecord
+from remetal.repository.retired import Vouched
+from remetal.repository.shape import ShapeError, check_shape
 from remetal.storage import AlreadyExistsError, Store
+from remetal.units import format_bytes
 
 SNAPSHOT, LEDGER = "snapshot", "ledger"
 MAX_SEQUENCE = 1 << 48
@@ -75,7 +78,8 @@ def sequence_of(name: str) -> int:
     """Return the number in an entry's name, 0 for a name that no entry has."""
     number = name.rpartition("/")[2]
     good = len(number) == 16 and all(digit in "0123456789abcdef" for digit in number)
-    return int(number, 16) if good else 0
+    sequence = int(number, 16) if good else 0
+    return sequence if sequence < MAX_SEQUENCE else 0
 
 
 def encode_clear(
@@ -112,9 +116,18 @@ def split_body(data: bytes) -> tuple[bytes, bytes]:
     return data[:CLEAR_SIZE], data[CLEAR_SIZE:-SIGNATURE_SIZE]
 
 
-def pack_body(record: Record) -> bytes:
-    """Return a record as MessagePack in a Zstandard frame that tells its size."""
-    return zstandard.ZstdCompressor(level=3).compress(msgspec.msgpack.encode(record))
+def pack_body(what: str, record: Record, limit: int) -> bytes:
+    """Return a record as MessagePack in a Zstandard frame that tells its size.
+
+    Raises RefusedError if it has more bytes than a reader would take.
+    """
+    plain = msgspec.msgpack.encode(record)
+    if len(plain) > limit:
+        raise RefusedError(
+            f"{what} has {len(plain)} bytes, and the history of a machine takes {format_bytes(limit)} at once",
+            hint="Nothing was written there. This is far beyond any real machine: please report it.",
+        )
+    return zstandard.ZstdCompressor(level=3).compress(plain)
 
 
 def unpack_body(name: str, packed: bytes, kind: type[RecordT], limit: int) -> RecordT:
@@ -124,8 +137,9 @@ def unpack_body(name: str, packed: bytes, kind: type[RecordT], limit: int) -> Re
         if not 0 < size <= limit:
             raise damaged(name, "its body is larger than anything remetal writes")
         plain = zstandard.ZstdDecompressor().decompress(packed, max_output_size=size)
+        check_shape(plain)
         return msgspec.msgpack.decode(plain, type=kind)
-    except (zstandard.ZstdError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+    except (zstandard.ZstdError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ShapeError) as error:
         raise damaged(name, str(error)) from error
 
 
@@ -138,9 +152,7 @@ def put_entry(store: Store, name: str, data: bytes) -> None:
             raise
 
 
-def open_envelope(
-    name: str, data: bytes, machine: MachineRecord, recipients: Mapping[str, RecipientRecord]
-) -> Envelope:
+def open_envelope(name: str, data: bytes, machine: MachineRecord, vouched: Vouched) -> Envelope:
     """Check everything about an entry that needs no key, its signature included. Raises DamagedError."""
     if len(data) < CLEAR_SIZE + SIGNATURE_SIZE:
         raise damaged(name, "it is too short for an entry of a history")
@@ -152,7 +164,9 @@ def open_envelope(
         raise damaged(name, "it is longer or shorter than it says")
     if name != entry_name(machine.id, sequence) or not 0 <= ledger < sequence < MAX_SEQUENCE:
         raise damaged(name, "its name does not fit its content")
-    _check_signature(name, data, kind, machine, "" if signer == _NOBODY else signer.hex(), recipients)
+    _check_signature(name, data, kind, machine, "" if signer == _NOBODY else signer.hex(), vouched)
+    if kind == SNAPSHOT and machine.id in vouched.retired and sequence > vouched.retired[machine.id].last:
+        raise damaged(name, f"it was made with the keys of machine '{machine.name}' after they were retired")
     return Envelope(
         kind=kind,
         name=name,
@@ -165,13 +179,18 @@ def open_envelope(
     )
 
 
-def _check_signature(
-    name: str, data: bytes, kind: str, machine: MachineRecord, signer: str, recipients: Mapping[str, RecipientRecord]
-) -> None:
+def names_signer(data: bytes, vouched: Vouched) -> bool:
+    """Whether it is known who is said to have signed an entry."""
+    signer = _CLEAR.unpack_from(data)[6] if len(data) >= CLEAR_SIZE else _NOBODY
+    return signer == _NOBODY or signer.hex() in vouched.recipients
+
+
+def _check_signature(name: str, data: bytes, kind: str, machine: MachineRecord, signer: str, vouched: Vouched) -> None:
     if kind == SNAPSHOT:
         who, key = f"machine '{machine.name}'", b"" if signer else machine.verify_key
     else:
-        who, key = "a recipient of this repository", recipients[signer].verify_key if signer in recipients else b""
+        who, recipient = "a recipient of this repository", vouched.recipients.get(signer)
+        key = recipient.verify_key if recipient is not None else b""
     try:
         if not key:
             raise CipherError

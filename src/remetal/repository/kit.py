@@ -11,8 +11,6 @@ import re
 from dataclasses import dataclass, field
 from html import escape
 
-import segno
-
 from remetal.errors import RefusedError
 from remetal.repository.cipher import derive
 
@@ -64,6 +62,8 @@ class RecoveryKit:
 
     def page(self) -> str:
         """Return the kit as one HTML page that needs nothing else and prints on one sheet, with a QR code."""
+        import segno  # it takes its time to load, and few commands print a kit
+
         code = segno.make("\n".join(self.lines()), error="q", micro=False)
         return _PAGE.format(
             location=escape(self.location),
@@ -128,7 +128,7 @@ def _decode_line(number: int, text: str) -> bytes:
 
 
 def _checksum(number: int, piece: bytes) -> int:
-    return int.from_bytes(derive("recovery kit line", bytes([number]) + piece, 4), "big") >> 12
+    return int.from_bytes(derive("recovery kit line", bytes([number]) + piece, size=4), "big") >> 12
 
 
 _PAGE = """<!DOCTYPE html>

@@ -24,16 +24,16 @@ from remetal.repository.history import (
     split_body,
     unpack_body,
 )
-from remetal.repository.objects import INDEX, MAPS, Record, damaged
+from remetal.repository.objects import INDEX, MAPS, PARITY, Record, check_moment, damaged
 from remetal.repository.recipients import RecipientKey
 from remetal.storage import Store
 from remetal.units import MIB
 
 MAX_LEDGER = 64 * MIB
-MAX_BODY = 256 * MIB
+MAX_BODY = 64 * MIB
 _HASH = 32
 _ID = re.compile("[0-9a-f]{64}")
-_CONDEMNABLE = re.compile(f"({INDEX}|{MAPS})[0-9a-f]{{32}}/[0-9a-f]{{64}}")
+_CONDEMNABLE = re.compile(rf"(({INDEX}|{MAPS})[0-9a-f]{{32}}/|{PARITY}[0-9a-f]{{32}}/[0-9a-f]{{2}}\.)[0-9a-f]{{64}}")
 
 
 class Condemned(Record, frozen=True, kw_only=True):
@@ -101,7 +101,7 @@ def encode_ledger(
     body: LedgerBody, machine_id: str, key: RecipientKey, sequence: int, previous: str, ledger: int
 ) -> bytes:
     """Return the bytes of a ledger's object."""
-    packed = pack_body(body)
+    packed = pack_body("the list of what is forgotten and to be deleted", body, MAX_BODY)
     clear = encode_clear(
         LEDGER,
         key.repository_id,
@@ -124,6 +124,7 @@ def open_ledger(envelope: Envelope, data: bytes) -> Ledger:
     """Parse the body of a ledger whose envelope was checked, strictly. Raises DamagedError."""
     name, packed = envelope.name, split_body(data)[1]
     body = unpack_body(name, packed, LedgerBody, MAX_BODY)
+    check_moment(name, body.time)
     _check_gone(name, body.gone, envelope.sequence)
     for group in (*body.condemned, body.doomed):
         if len(group.packs) % _HASH or not group.age >= 0 or not 0 <= group.since <= envelope.sequence:

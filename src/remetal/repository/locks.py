@@ -26,11 +26,13 @@ from remetal.repository.objects import (
     get_object,
 )
 from remetal.storage import AlreadyExistsError, NotFoundError, Store
+from remetal.system.locks import process_start
 
 LEASE = 1800.0
 """Seconds after its last renewal at which a lock counts as left behind, whoever holds it."""
 RENEWAL = 300.0
 _MAX_LOCKS = 100
+_LONGEST_HOST = 255
 
 
 class LockRecord(Record, frozen=True, kw_only=True):
@@ -44,6 +46,10 @@ class LockRecord(Record, frozen=True, kw_only=True):
     pid: int
     started: int
     time: float
+
+
+class LockedError(UnavailableError):
+    """Somebody else holds the lock."""
 
 
 class MachineLock:
@@ -95,7 +101,7 @@ class MachineLock:
 def hold_machine(store: Store, machine_id: str, *, renewal: float = RENEWAL) -> Iterator[MachineLock]:
     """Hold the lock on a machine's backups for the length of a block, renewing it every `renewal` seconds.
 
-    Raises UnavailableError if a backup or a prune of this machine is at work.
+    Raises LockedError if a backup or a prune of this machine is at work, UnavailableError if the store fails.
     """
     lock = _acquire(store, machine_id)
     ended = threading.Event()
@@ -122,7 +128,7 @@ def _acquire(store: Store, machine_id: str) -> MachineLock:
         owner = _read_lock(store, _lock_name(machine_id, numbers[-1]))
         if owner is not None and not is_stale(owner, now=time.time()):
             since = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(owner.time))
-            raise UnavailableError(
+            raise LockedError(
                 f"a backup or prune of this machine is at work: process {owner.pid} on {owner.host}, seen {since} UTC",
                 hint="Wait until it has ended, then run the command again.",
             )
@@ -130,13 +136,13 @@ def _acquire(store: Store, machine_id: str) -> MachineLock:
     try:
         store.put(_lock_name(machine_id, generation), [encode_json(_this_process(machine_id))])
     except AlreadyExistsError as error:
-        raise UnavailableError(
+        raise LockedError(
             "another backup or prune of this machine has just begun",
             hint="Wait until it has ended, then run the command again.",
         ) from error
     if set(_generations(store, machine_id)) - {*numbers, generation}:  # somebody came in after a release we missed
         store.delete(_lock_name(machine_id, generation))
-        raise UnavailableError(
+        raise LockedError(
             "another backup or prune of this machine has just begun",
             hint="Wait until it has ended, then run the command again.",
         )
@@ -151,7 +157,7 @@ def is_stale(owner: LockRecord, *, now: float) -> bool:
         return True
     here = _this_process(owner.machine)
     if owner.boot_id == here.boot_id:
-        return owner.namespace == here.namespace and _process_start(owner.pid) != owner.started
+        return owner.namespace == here.namespace and process_start(owner.pid) not in {owner.started, None}
     return here.host_id != "" and owner.host_id == here.host_id  # this host was started again since
 
 
@@ -170,9 +176,10 @@ def _generations(store: Store, machine_id: str) -> list[int]:
 def _read_lock(store: Store, name: str) -> LockRecord | None:
     """Return who holds a lock; None if it is gone meanwhile, or is no lock and so nobody's."""
     try:
-        return decode_json(name, get_object(store, name, MAX_KEY_OBJECT), LockRecord)
+        owner = decode_json(name, get_object(store, name, MAX_KEY_OBJECT), LockRecord)
     except DamagedError:
         return None
+    return owner if owner.host.isprintable() and len(owner.host) <= _LONGEST_HOST else None
 
 
 def _this_process(machine_id: str) -> LockRecord:
@@ -183,15 +190,9 @@ def _this_process(machine_id: str) -> LockRecord:
         boot_id=read_text("/proc/sys/kernel/random/boot_id"),
         namespace=str(Path("/proc/self/ns/pid").readlink()),
         pid=os.getpid(),
-        started=_process_start(os.getpid()),
+        started=process_start(os.getpid()) or 0,
         time=time.time(),
     )
-
-
-def _process_start(pid: int) -> int:
-    """Return when a process started, in ticks after boot; 0 if it is gone or a zombie."""
-    fields = read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return int(fields[19]) if len(fields) > 19 and fields[0] not in {"Z", "X"} else 0
 
 
 def _lock_name(machine_id: str, generation: int) -> str:

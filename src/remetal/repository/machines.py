@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from remetal.repository.objects import (
     MAX_KEY_OBJECT,
     SECRETS,
     Record,
+    check_moment,
     damaged,
     decode_json,
     encode_json,
@@ -59,7 +60,7 @@ class Domain:
 
     def record_key(self, kind: str) -> bytes:
         """Return the 64-byte AES-SIV key for `index`, `map` or `snapshot` objects."""
-        return derive(f"catalog {kind}", self.catalog_key, 64)
+        return derive(f"catalog {kind}", self.catalog_key, size=64)
 
     @property
     def commitment(self) -> bytes:
@@ -134,7 +135,7 @@ class MachineKeys:
 
 def machine_id(signing_public: bytes) -> str:
     """Return the id of a machine: 128 bits of hash over its signing key, in hexadecimal."""
-    return derive("machine id", signing_public, 16).hex()
+    return derive("machine id", signing_public, size=16).hex()
 
 
 def create_machine(
@@ -189,23 +190,35 @@ def seal_secrets(store: Store, domain: Domain, recipient: RecipientRecord, repos
     put_named(store, f"{SECRETS}{domain.machine_id}.{recipient.id}.", sealed)
 
 
-def open_secrets(store: Store, machine: MachineRecord, key: RecipientKey) -> Domain:
-    """Return a machine's secrets with a recipient's key.
+def open_secrets(
+    store: Store, machine: MachineRecord, key: RecipientKey, names: Mapping[str, Sequence[str]] | None = None
+) -> Domain:
+    """Return a machine's secrets with a recipient's key; `names` is what `find_secrets` found, for whoever needs many.
 
     Raises DamagedError if they are missing, damaged, or not those that the machine's record commits to.
     """
     prefix = f"{SECRETS}{machine.id}.{key.id}."
-    names = [entry.name for entry in store.entries(prefix)]
-    if not names:
+    found = [entry.name for entry in store.entries(prefix)] if names is None else names.get(machine.id, ())
+    if not found:
         raise damaged(prefix, f"the secrets of machine '{machine.name}' are not there for this key")
     problem: DamagedError | None = None
-    for name in names[:4]:
+    for name in found[:4]:
         try:
             return _open_secrets(store, name, machine, key)
         except DamagedError as error:
             problem = error
     assert problem is not None
     raise problem
+
+
+def find_secrets(store: Store, key: RecipientKey) -> dict[str, list[str]]:
+    """Return the names of the secrets that are sealed to a recipient, by machine."""
+    found: dict[str, list[str]] = {}
+    for entry in store.entries(SECRETS):
+        machine, _, rest = entry.name.removeprefix(SECRETS).partition(".")
+        if rest.startswith(f"{key.id}."):
+            found.setdefault(machine, []).append(entry.name)
+    return found
 
 
 def _open_secrets(store: Store, name: str, machine: MachineRecord, key: RecipientKey) -> Domain:
@@ -249,6 +262,7 @@ def check_machine(name: str, record: MachineRecord, repository_id: str) -> None:
         raise damaged(name, "its key is not that of its id")
     if record.repository != repository_id:
         raise damaged(name, "it belongs to another repository")
+    check_moment(name, record.created)
     try:
         check_machine_name(record.name)
     except UsageError as error:
@@ -331,11 +345,15 @@ def _write_private(path: Path, data: bytes) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # it holds secrets
+            raise
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(folder)

@@ -8,9 +8,9 @@ A page's body, sealed by AES-SIV so that an equal page is an equal object:
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 
 from remetal.repository.cipher import derive
 from remetal.repository.machines import Domain
@@ -76,6 +76,7 @@ def decode_page(name: str, body: bytes, slots: int) -> list[Run]:
     ids = memoryview(body)[position:]
     data = sum(length for length, kind, _ in pieces if kind == DATA)
     shapes = all(length > 0 and kind <= DATA and zero == 0 for length, kind, zero in pieces)
+    shapes = shapes and any(kind != HOLE for _, kind, _ in pieces)
     if not shapes or sum(length for length, _, _ in pieces) != slots or len(ids) != data * ID_SIZE:
         raise damaged(name, "its runs do not fit its numbers")
     runs: list[Run] = []
@@ -102,9 +103,10 @@ def page_slots(number: int, size: int, chunk_size: int) -> int:
     return min(PAGE_CHUNKS, -(-size // chunk_size) - number * PAGE_CHUNKS)
 
 
-def map_digest(size: int, chunk_size: int, pages: list[bytes]) -> str:
+def map_digest(size: int, chunk_size: int, pages: Iterable[bytes]) -> str:
     """Return the identity of an image's content in hexadecimal: equal for equal content of one machine."""
-    return derive("image map", struct.pack("<QQ", size, chunk_size) + b"".join(page or ZERO_ID for page in pages)).hex()
+    pieces = chain([struct.pack("<QQ", size, chunk_size)], (page or ZERO_ID for page in pages))
+    return derive("image map", *pieces).hex()
 
 
 def map_folder(machine_id: str) -> str:

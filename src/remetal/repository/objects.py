@@ -12,31 +12,40 @@ from typing import TypeVar
 
 import msgspec
 
-from remetal.errors import DamagedError
+from remetal.errors import DamagedError, RemetalError
 from remetal.repository.cipher import digest
 from remetal.storage import AlreadyExistsError, NotFoundError, Pieces, Store
 
 CONFIG = "config"
 RECIPIENTS = "keys/recipients/"
 REVOKED = "keys/revoked/"
+RETIRED = "keys/retired/"
 SLOTS = "keys/slots/"
 MACHINES = "keys/machines/"
 SECRETS = "keys/secrets/"
-KEYS = (RECIPIENTS, REVOKED, SLOTS, MACHINES, SECRETS)
+KEYS = (RECIPIENTS, REVOKED, SLOTS, MACHINES, RETIRED, SECRETS)
 PACKS = "packs/"
+PARITY = "parity/"
 INDEX = "index/"
 MAPS = "maps/"
 HISTORY = "history/"
 LOCKS = "locks/"
+REPAIRS = "repairs/"
+ASIDE = "aside/"
 
 MAX_KEY_OBJECT = 64 << 10
 """Size cap in bytes of everything below `keys/`, of the config, and of a lock."""
 
-HELP = "Run `remetal check` to see all that is wrong; bring the object back from a copy of the repository."
+MAX_OBJECT = 128 << 20
+"""Bytes that no object of any other kind comes near."""
 
+HELP = "Run `remetal repair`; what that cannot mend has to be brought back from a copy of the repository."
+
+_MOMENT = re.compile(r"[0-9T:Z.+ -]{0,40}")
 _ENDING = re.compile(r"(?:.*[./])?([0-9a-f]{64})")
 _HEADER = {
     "pack": b"RMTLP\x01\0\0",
+    "parity": b"RMTLX\x01\0\0",
     "index": b"RMTLI\x01\0\0",
     "map": b"RMTLM\x01\0\0",
     "snapshot": b"RMTLS\x01\0\0",
@@ -79,10 +88,25 @@ def put_named(store: Store, prefix: str, *pieces: bytes) -> str:
     return name
 
 
+def put_hashed(store: Store, name: str, pieces: Pieces) -> None:
+    """As `put_once`, after comparing the bytes that are handed over with the hash in the name.
+
+    Raises RemetalError if they are not what they were.
+    """
+    if digest(*pieces) != hash_in_name(name):
+        raise miscalculated(f"the object {name}")
+    put_once(store, name, pieces)
+
+
 def put_once(store: Store, name: str, pieces: Pieces) -> None:
     """Create an object whose name tells its content; somebody else having done so is as good."""
     with suppress(AlreadyExistsError):
         store.put(name, pieces)
+
+
+def largest(name: str) -> int:
+    """Return how many bytes an object of this name may have at most, whatever is in it."""
+    return MAX_KEY_OBJECT if name.startswith(("keys/", CONFIG, LOCKS)) else MAX_OBJECT
 
 
 def get_object(store: Store, name: str, limit: int) -> bytes:
@@ -107,6 +131,20 @@ def get_named(store: Store, name: str, limit: int) -> bytes:
 def damaged(name: str, what: str) -> DamagedError:
     """Return the error for an object whose bytes are intact in themselves but cannot be right."""
     return DamagedError(f"the object {name} cannot be right: {what}", hint=HELP)
+
+
+def check_moment(name: str, text: str) -> None:
+    """Raise DamagedError for a time that is none: it is shown to people, and may come from anybody."""
+    if not _MOMENT.fullmatch(text):
+        raise damaged(name, "a time in it is none")
+
+
+def miscalculated(what: str) -> RemetalError:
+    """Return the error for something that is not what it was right after it was made: nothing of it is stored."""
+    return RemetalError(
+        f"{what} could not be read back right after it was encoded; nothing of it was stored",
+        hint="This computer miscalculates: test its memory (memtest86+) before you trust it with a backup.",
+    )
 
 
 _ENCODER = msgspec.json.Encoder(order="deterministic")

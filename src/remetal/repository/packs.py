@@ -14,21 +14,23 @@ from __future__ import annotations
 
 import secrets
 import struct
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 import zstandard
-from blake3 import blake3
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from remetal.errors import DamagedError, RemetalError
-from remetal.repository.cipher import KEY_SIZE, TAG_SIZE, WRAPPING, CipherError, KemPublic, chunk_id
+from remetal.errors import DamagedError
+from remetal.repository.cipher import KEY_SIZE, TAG_SIZE, WRAPPING, CipherError, KemPublic, chunk_id, digest
 from remetal.repository.config import MAX_CHUNK
-from remetal.repository.objects import HELP, damaged, header
+from remetal.repository.objects import HELP, damaged, header, miscalculated, pack_name, put_hashed
 from remetal.repository.recipients import MAX_RECIPIENTS, RecipientKey, RecipientRecord
+from remetal.storage import Store
+from remetal.system.blockdev import aligned_buffer
 from remetal.units import MIB
 
 PACK_SIZE = 16 * MIB
@@ -43,7 +45,9 @@ FOOTER = struct.Struct("<II")
 _WRAPPED = 16 + KEY_SIZE + WRAPPING
 _CHUNK = struct.Struct("<cI32sII")
 _CONTENTS = struct.Struct("<cII")
-_CONTENTS_ORDINAL = 0xFFFFFFFF
+_CONTENTS_NONCE = (0xFFFFFFFF).to_bytes(12, "big")
+_TRIAL_ORDINAL = 0xFFFFFFFE
+_SIZES = struct.Struct("<II")
 _LEVEL = 1
 _WORTH_IT = 32
 """Compression is kept if it saves at least one part in this many."""
@@ -55,39 +59,63 @@ Entries = npt.NDArray[np.void]
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What an index says of a pack: name (hash), size in bytes, first byte of the first chunk, and its chunks."""
+    """What an index says of a pack: name (hash), size in bytes, first byte of the first chunk, and its chunks.
+
+    `seal` is the hash of the chunks' entries where it was taken while the pack was built.
+    """
 
     identity: bytes
     size: int
     start: int
     entries: Entries
+    seal: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """A finished pack, ready to be stored."""
+    """A finished pack, ready to be stored: its bytes are a part of its builder's buffer."""
 
     contents: Contents
-    pieces: Sequence[bytes] = field(repr=False)
+    data: memoryview = field(repr=False)
+
+
+def pack_room() -> int:
+    """Return how many bytes a pack takes at most, as long as it is closed when it is full."""
+    return head_size() + PACK_SIZE + MAX_CHUNK + TAG_SIZE + MAX_CHUNKS * ENTRY.itemsize + TAG_SIZE + FOOTER.size
 
 
 def check_entries(name: str, entries: Entries, start: int, end: int) -> None:
     """Raise DamagedError unless the chunks fill the bytes from `start` to at most `end` and have possible sizes."""
+    if not 0 < len(entries) <= MAX_CHUNKS:
+        raise damaged(name, "its table of contents has impossible sizes")
+    if start + int(check_sizes(name, entries).sum()) > end:
+        raise damaged(name, "its table of contents promises more than it can hold")
+
+
+def check_sizes(name: str, entries: Entries) -> npt.NDArray[np.int64]:
+    """Return each chunk's size in its pack. Raises DamagedError if one of them cannot be."""
     stored = entries["word"] & np.uint32(ZSTD - 1)
     plain = entries["plain"]
-    if not 0 < len(entries) <= MAX_CHUNKS or int(plain.min()) < 1 or int(plain.max()) > MAX_CHUNK:
+    if int(plain.min()) < 1 or int(plain.max()) > MAX_CHUNK:
         raise damaged(name, "its table of contents has impossible sizes")
     limits = plain + np.uint32(TAG_SIZE)
     if bool((stored <= TAG_SIZE).any()) or bool((stored > limits).any()):
         raise damaged(name, "its table of contents has impossible sizes")
-    if start + int(stored.sum(dtype=np.uint64)) > end:
-        raise damaged(name, "its table of contents promises more than it can hold")
+    return stored.astype(np.int64)
 
 
 def offsets(entries: Entries, start: int) -> npt.NDArray[np.uint32]:
     """Return each chunk's first byte in its pack, and at the end the byte behind the last one."""
     stored = (entries["word"] & np.uint32(ZSTD - 1)).astype(np.uint64)
     return np.concatenate([[start], start + np.cumsum(stored)]).astype(np.uint32)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """The bytes of a chunk that are to be encrypted, and ZSTD if they are compressed, else 0."""
+
+    data: bytes | memoryview = field(repr=False)
+    flag: int
 
 
 class Codec:
@@ -102,12 +130,12 @@ class Codec:
         """Return the chunk id of these bytes."""
         return chunk_id(self._id_key, data)
 
-    def encode(self, data: memoryview) -> tuple[bytes | memoryview, int]:
-        """Return the bytes to encrypt, and ZSTD if they are compressed, else 0."""
+    def encode(self, data: memoryview) -> Encoding:
+        """Return the chunk compressed, or as it is where that is not worth it."""
         compressed = self._compressor.compress(data)
         if len(compressed) * _WORTH_IT <= len(data) * (_WORTH_IT - 1):
-            return compressed, ZSTD
-        return data, 0
+            return Encoding(compressed, ZSTD)
+        return Encoding(data, 0)
 
     def decode(self, encoded: bytes, flag: int, plain: int) -> bytes:
         """Return the chunk's bytes, of which there must be `plain`. Raises CipherError."""
@@ -125,73 +153,134 @@ class Codec:
         return data
 
 
-class PackBuilder:
-    """One pack in the making. Every chunk is decoded and hashed again before it counts as stored."""
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Room for one chunk in a pack: its ordinal, its first byte, and its size with the tag."""
 
-    def __init__(self, repository_id: str, machine_id: str, recipients: Sequence[RecipientRecord], codec: Codec):
-        self._codec = codec
+    ordinal: int
+    start: int
+    size: int
+
+
+class PackBuilder:
+    """One pack in the making, in a buffer of its own that several threads fill at once.
+
+    A thread reserves room, fills it, and leaves; the last one to leave a closed pack finishes it. A finished pack is
+    hashed first and then read back whole, as a restore would: so memory that changes by itself is noticed. A change
+    before the hash makes the pack unreadable, one after it differs from the hash.
+    """
+
+    def __init__(
+        self,
+        repository_id: str,
+        machine_id: str,
+        recipients: Sequence[RecipientRecord],
+        buffer: memoryview | None = None,
+    ) -> None:
+        """Begin a pack in `buffer`, which has `pack_room()` bytes; by default in new memory."""
         key = secrets.token_bytes(KEY_SIZE)
         self._cipher = AESGCM(key)
         serial = secrets.token_bytes(16)
         ids = bytes.fromhex(repository_id), bytes.fromhex(machine_id)
-        self._prologue = PROLOGUE.pack(header("pack"), *ids, serial, len(recipients))
-        wrapped = [_wrap(key, each.kem, self._prologue, each.id) for each in recipients]
-        self._pieces = [self._prologue, *wrapped]
-        self._start = sum(len(piece) for piece in self._pieces)
-        self._hasher = blake3(b"".join(self._pieces))
-        self._entries = bytearray()
-        self._count = 0
-        self._size = self._start
+        self._expected = (header("pack"), *ids, serial, len(recipients))
+        self._prologue = PROLOGUE.pack(*self._expected)
+        start = b"".join([self._prologue, *(_wrap(key, each.kem, self._prologue, each.id) for each in recipients)])
+        _need_same_key(key, self._cipher)
+        self.buffer = aligned_buffer(pack_room()) if buffer is None else buffer
+        self.buffer[: len(start)] = start
+        self._start = self._end = len(start)
+        self._head = digest(start)
+        self._rows = bytearray()
+        self._count = self._filled = 0
+        self._at_work = 0
+        self._closed = False
+        self._guard = threading.Lock()
 
     @property
     def full(self) -> bool:
-        """Whether the pack should be finished."""
-        return self._size >= PACK_SIZE or self._count >= MAX_CHUNKS
+        """Whether the pack should be closed."""
+        return self._end >= PACK_SIZE or self._count >= MAX_CHUNKS
 
     @property
-    def empty(self) -> bool:
-        """Whether no chunk is in it."""
-        return self._count == 0
+    def whole(self) -> bool:
+        """Whether every slot was filled."""
+        return self._filled == self._count
 
-    def add(self, identity: bytes, data: memoryview) -> int:
-        """Add a chunk and return how many bytes it takes in the pack.
+    def reserve(self, encoded: int) -> Slot:
+        """Take room for a chunk of `encoded` bytes, which the caller then has to fill and to leave."""
+        with self._guard:
+            assert not self._closed, "the pack is closed"
+            slot = Slot(self._count, self._end, encoded + TAG_SIZE)
+            self._end += slot.size
+            self._count += 1
+            self._at_work += 1
+            self._rows += bytes(ENTRY.itemsize)
+            return slot
 
-        Raises RemetalError if decoding gives other bytes: then this computer's memory or processor is at fault.
+    def fill(self, slot: Slot, identity: bytes, chunk: memoryview, encoded: Encoding) -> None:
+        """Encrypt a chunk into its slot."""
+        word = slot.size | encoded.flag
+        nonce, context = _chunk_context(self._prologue, slot.ordinal, identity, len(chunk), word)
+        self._cipher.encrypt_into(nonce, encoded.data, context, self.buffer[slot.start : slot.start + slot.size])
+        place = slot.ordinal * ENTRY.itemsize
+        with self._guard:
+            self._rows[place : place + ENTRY.itemsize] = identity + _SIZES.pack(word, len(chunk))
+            self._filled += 1
+
+    def leave(self) -> bool:
+        """Tell that a slot is done with; True if the pack is closed and nobody is left at work on it."""
+        with self._guard:
+            self._at_work -= 1
+            return self._closed and self._at_work == 0
+
+    def close(self) -> bool:
+        """Let nobody reserve room any more; True if nobody is at work on it."""
+        with self._guard:
+            self._closed = True
+            return self._at_work == 0
+
+    def add(self, identity: bytes, chunk: memoryview, codec: Codec) -> int:
+        """Add a chunk where one thread alone fills the pack, and return the bytes it takes there."""
+        encoded = codec.encode(chunk)
+        slot = self.reserve(len(encoded.data))
+        self.fill(slot, identity, chunk, encoded)
+        self.leave()
+        return slot.size
+
+    def finish(self, codec: Codec) -> Pack:
+        """Return the pack, when nobody is at work on it; the builder is used up, its buffer belongs to the pack.
+
+        Raises RemetalError if the pack cannot be read back: then this computer's memory or processor is at fault.
         """
-        encoded, flag = self._codec.encode(data)
-        word = (len(encoded) + TAG_SIZE) | flag
-        nonce, context = _chunk_context(self._prologue, self._count, identity, len(data), word)
-        sealed = self._cipher.encrypt(nonce, encoded, context)
+        context, sealed_size = _contents_context(self._prologue, self._count)
+        ending = self._cipher.encrypt(_CONTENTS_NONCE, self._rows, context) + FOOTER.pack(self._count, sealed_size)
+        data = self.buffer[: self._end + len(ending)]
+        data[self._end :] = ending
+        identity = digest(data)
         try:
-            decoded = self._codec.decode(self._cipher.decrypt(nonce, sealed, context), flag, len(data))
-            good = self._codec.identify(decoded) == identity
-        except (InvalidTag, CipherError):
-            good = False
-        if not good:
-            raise RemetalError(
-                "a chunk could not be read back right after it was encoded; nothing of it was stored",
-                hint="This computer miscalculates: test its memory (memtest86+) before you trust it with a backup.",
-            )
-        self._pieces.append(sealed)
-        self._hasher.update(sealed)
-        self._entries += identity + struct.pack("<II", word, len(data))
-        self._count += 1
-        self._size += len(sealed)
-        return len(sealed)
+            return Pack(self._read_back(identity.hex(), data, codec), data)
+        except DamagedError as error:
+            raise miscalculated("a pack") from error
 
-    def finish(self) -> Pack:
-        """Close the pack; the builder is used up."""
-        nonce = _CONTENTS_ORDINAL.to_bytes(12, "big")
-        sealed_size = len(self._entries) + TAG_SIZE
-        context = self._prologue + _CONTENTS.pack(b"T", self._count, sealed_size)
-        sealed = self._cipher.encrypt(nonce, self._entries, context)
-        ending = [sealed, FOOTER.pack(self._count, sealed_size)]
-        for piece in ending:
-            self._hasher.update(piece)
-        self._pieces += ending
-        entries = np.frombuffer(bytes(self._entries), ENTRY)
-        size = self._size + sum(len(piece) for piece in ending)
-        return Pack(Contents(self._hasher.digest(), size, self._start, entries), self._pieces)
+    def _read_back(self, name: str, data: memoryview, codec: Codec) -> Contents:
+        """Return what the index will say of a pack, after opening all of it as a restore would. Raises DamagedError."""
+        opener = PackOpener(name, "", self._start, self._prologue, self._cipher)
+        contents = opener.open_contents(data, len(data))
+        seal = digest(contents.entries.tobytes())
+        if digest(data[: self._start]) != self._head or PROLOGUE.unpack(data[: PROLOGUE.size]) != self._expected:
+            raise damaged(name, "it does not begin as it did")
+        starts = offsets(contents.entries, self._start).tolist()
+        for ordinal, (raw, word, plain) in enumerate(contents.entries.tolist()):
+            sealed = data[starts[ordinal] : starts[ordinal + 1]]
+            opener.open_chunk(sealed, ordinal, bytes(raw), word, plain, codec)
+        if len(contents.entries) != self._count:
+            raise damaged(name, "it does not have all of its chunks")
+        return replace(contents, seal=seal)
+
+
+def put_pack(store: Store, machine_id: str, pack: Pack) -> None:
+    """Store a finished pack. Raises RemetalError if its bytes are not what they were when it was finished."""
+    put_hashed(store, pack_name(machine_id, pack.contents.identity), [pack.data])
 
 
 class NotSealedError(DamagedError):
@@ -208,7 +297,9 @@ class PackOpener:
     _prologue: bytes = field(repr=False)
     _cipher: AESGCM = field(repr=False)
 
-    def open_chunk(self, sealed: bytes, ordinal: int, identity: bytes, word: int, plain: int, codec: Codec) -> bytes:
+    def open_chunk(
+        self, sealed: bytes | memoryview, ordinal: int, identity: bytes, word: int, plain: int, codec: Codec
+    ) -> bytes:
         """Return a chunk's bytes after every check there is. Raises DamagedError."""
         nonce, context = _chunk_context(self._prologue, ordinal, identity, plain, word)
         try:
@@ -219,15 +310,15 @@ class PackOpener:
             raise damaged(self.name, f"its chunk {ordinal} has other bytes than it should")
         return data
 
-    def open_contents(self, tail: bytes, size: int) -> Contents:
+    def open_contents(self, tail: bytes | memoryview, size: int) -> Contents:
         """Return the table of contents from the last bytes of a pack of `size` bytes. Raises DamagedError."""
         count, sealed_size = FOOTER.unpack(tail[-FOOTER.size :])
         if not 0 < count <= MAX_CHUNKS or sealed_size != count * ENTRY.itemsize + TAG_SIZE:
             raise damaged(self.name, "its footer is impossible")
         sealed = tail[-FOOTER.size - sealed_size : -FOOTER.size]
-        context = self._prologue + _CONTENTS.pack(b"T", count, sealed_size)
+        context, _ = _contents_context(self._prologue, count)
         try:
-            plain = self._cipher.decrypt(_CONTENTS_ORDINAL.to_bytes(12, "big"), sealed, context)
+            plain = self._cipher.decrypt(_CONTENTS_NONCE, sealed, context)
         except InvalidTag as error:
             raise damaged(self.name, "its table of contents does not decode") from error
         entries = np.frombuffer(plain, ENTRY)
@@ -279,12 +370,27 @@ def sealed_to(name: str, head: bytes) -> list[str]:
     return [head[position : position + 16].hex() for position in range(PROLOGUE.size, end, _WRAPPED)]
 
 
+def _need_same_key(key: bytes, cipher: AESGCM) -> None:
+    """Raise RemetalError unless the key that was sealed is the one that the cipher has."""
+    nonce = _TRIAL_ORDINAL.to_bytes(12, "big")
+    try:
+        cipher.decrypt(nonce, AESGCM(key).encrypt(nonce, b"", b"key"), b"key")
+    except InvalidTag as error:
+        raise miscalculated("a pack's key") from error
+
+
 def _wrap(key: bytes, kem: KemPublic, prologue: bytes, recipient: str) -> bytes:
     return bytes.fromhex(recipient) + kem.seal(_key_info(prologue, recipient), key)
 
 
 def _key_info(prologue: bytes, recipient: str) -> bytes:
     return b"remetal 1 pack key\0" + prologue + bytes.fromhex(recipient)
+
+
+def _contents_context(prologue: bytes, count: int) -> tuple[bytes, int]:
+    """Return what the table of contents of so many chunks is bound to, and its size when it is sealed."""
+    sealed_size = count * ENTRY.itemsize + TAG_SIZE
+    return prologue + _CONTENTS.pack(b"T", count, sealed_size), sealed_size
 
 
 def _chunk_context(prologue: bytes, ordinal: int, identity: bytes, plain: int, word: int) -> tuple[bytes, bytes]:

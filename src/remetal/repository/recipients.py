@@ -29,6 +29,7 @@ from remetal.repository.objects import (
     RECIPIENTS,
     REVOKED,
     Record,
+    check_moment,
     damaged,
     decode_json,
     encode_json,
@@ -40,6 +41,8 @@ from remetal.repository.objects import (
 from remetal.storage import Store
 
 MAX_RECIPIENTS = 16
+MAX_RECORDS = 1 << 10
+"""Objects of recipients or revocations that are looked at: far more than there may be recipients."""
 _CONTEXT = b"remetal 1 recipient record\0"
 _REVOCATION = b"remetal 1 revocation\0"
 
@@ -90,7 +93,7 @@ class RecipientKey:
 
 def recipient_id(kem_public: bytes, signing_public: bytes) -> str:
     """Return the id of a recipient: 128 bits of hash over its public keys, in hexadecimal."""
-    return derive("recipient id", kem_public + signing_public, 16).hex()
+    return derive("recipient id", kem_public + signing_public, size=16).hex()
 
 
 def put_recipient(store: Store, key: RecipientKey, *, certifier: RecipientKey, created: str) -> RecipientRecord:
@@ -112,7 +115,10 @@ def read_recipients(store: Store, repository_id: str) -> tuple[list[RecipientRec
     """Return the recipients that the repository's id vouches for, founder first, and what is wrong with others."""
     found: dict[str, tuple[RecipientRecord, bytes, bytes]] = {}
     problems: list[str] = []
-    for entry in store.entries(RECIPIENTS):
+    for count, entry in enumerate(store.entries(RECIPIENTS)):
+        if count >= MAX_RECORDS:
+            problems.append(f"{RECIPIENTS} holds more than {MAX_RECORDS} objects")
+            break
         try:
             record, text, signature = _read_recipient(store, entry.name, repository_id)
         except DamagedError as error:
@@ -148,7 +154,10 @@ def read_revoked(
     known = {each.id: each for each in recipients}
     revoked: set[str] = set()
     problems: list[str] = []
-    for entry in store.entries(REVOKED):
+    for count, entry in enumerate(store.entries(REVOKED)):
+        if count >= MAX_RECORDS:
+            problems.append(f"{REVOKED} holds more than {MAX_RECORDS} objects")
+            break
         try:
             text, signature = split_lines(entry.name, get_named(store, entry.name, MAX_KEY_OBJECT), SIGNATURE_SIZE)
             record = decode_json(entry.name, text, Revocation)
@@ -176,5 +185,6 @@ def check_recipient(name: str, record: RecipientRecord, repository_id: str) -> N
     sizes = (len(record.kem_public), len(record.verify_key)) == (KEM_PUBLIC_SIZE, KEY_SIZE)
     if not sizes or record.id != recipient_id(record.kem_public, record.verify_key):
         raise damaged(name, "its keys are not those of its id")
+    check_moment(name, record.created)
     if record.repository != repository_id:
         raise damaged(name, "it belongs to another repository")

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from remetal.repository.cipher import CipherError, digest, open_record, seal_record
 from remetal.repository.machines import Domain
-from remetal.repository.objects import HEADER_SIZE, damaged, get_named, header
+from remetal.repository.objects import HEADER_SIZE, damaged, get_named, hash_in_name, header, miscalculated
 from remetal.storage import AlreadyExistsError, NotFoundError, Store
 
 _COUNT = struct.Struct("<I")
@@ -38,18 +38,33 @@ def put_record(
 
     Equal bodies have equal names. An object that is there is used if it is whole and not one of the names to
     `avoid`, which are about to be deleted; otherwise the body is stored in another variant, under another name.
+    Raises RemetalError if this computer miscalculates.
     """
     for variant in range(_MAX_VARIANTS):
         prefix = record_prefix(kind, repository_id, domain.machine_id, variant)
-        sealed = seal_record(domain.record_key(kind), prefix, body)
-        name = f"{folder}{digest(prefix, sealed).hex()}"
-        if name not in avoid and _put_or_compare(store, name, prefix + sealed):
+        data = prefix + seal_record(domain.record_key(kind), prefix, body)
+        name = f"{folder}{digest(data).hex()}"
+        again = record_prefix(kind, repository_id, domain.machine_id, variant)
+        _need_good(data, domain.record_key(kind), again, body)
+        if name not in avoid and _put_or_compare(store, name, data):
             return name
     raise damaged(folder, f"all {_MAX_VARIANTS} variants of an object are damaged or being deleted")
 
 
+def _need_good(data: bytes, key: bytes, prefix: bytes, body: bytes) -> None:
+    """Raise RemetalError unless what is about to be stored opens, and is the body."""
+    try:
+        good = data[:PREFIX_SIZE] == prefix and open_record(key, prefix, data[PREFIX_SIZE:]) == body
+    except CipherError:
+        good = False
+    if not good:
+        raise miscalculated("an object of the catalog")
+
+
 def _put_or_compare(store: Store, name: str, data: bytes) -> bool:
     """Create an object; False if its name is taken by other bytes than these."""
+    if digest(data) != hash_in_name(name):
+        raise miscalculated(f"the object {name}")
     try:
         store.put(name, [data])
     except AlreadyExistsError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +39,7 @@ from remetal.repository.recipients import (
     read_recipients,
     read_revoked,
 )
+from remetal.repository.retired import put_retirement, read_retired
 from remetal.repository.slots import put_slot, read_slots, try_slot, unlock
 from remetal.storage import AlreadyExistsError, NotFoundError, Store
 
@@ -54,7 +56,8 @@ class Repository:
 class KeyInfo:
     """One line of `list_keys`. `of` is the recipient of a passphrase.
 
-    `kind` is `recipient`, `revoked` (a recipient that counts no more), `passphrase` or `machine`.
+    `kind` is `recipient`, `revoked` (a recipient that counts no more), `passphrase`, `machine` or `retired` (a machine
+    whose keys count no more). `successor` is the machine that goes on in the place of a retired one.
     """
 
     kind: str
@@ -62,6 +65,7 @@ class KeyInfo:
     created: str
     name: str = ""
     of: str = ""
+    successor: str = ""
 
 
 def utc_now() -> str:
@@ -70,19 +74,20 @@ def utc_now() -> str:
 
 
 def init_repository(
-    store: Store, *, passphrase: str, chunk_size: int = DEFAULT_CHUNK_SIZE
+    store: Store, *, passphrase: str, chunk_size: int = DEFAULT_CHUNK_SIZE, parity: bool = True
 ) -> tuple[Repository, RecoveryKit]:
     """Make a repository with its first recipient, and return it with the kit to print.
 
-    `chunk_size` is in bytes, a power of two from 64 KiB to 4 MiB. The config is written last: before that there
-    is no repository. Raises RefusedError if the store holds one already, UsageError for an empty passphrase.
+    `chunk_size` is in bytes, a power of two from 64 KiB to 4 MiB; `parity` says whether packs are to be protected by
+    parity. The config is written last: before that there is no repository. Raises RefusedError if the store holds one
+    already, UsageError for an empty passphrase.
     """
     check_chunk_size(chunk_size)
     _clear_place(store)
     seed = secrets.token_bytes(KEY_SIZE)
     key = RecipientKey(RecipientKey("", seed).id, seed)
     created = utc_now()
-    config = Config(format=FORMAT, id=key.id, chunk_size=chunk_size, created=created)
+    config = Config(format=FORMAT, id=key.id, chunk_size=chunk_size, created=created, parity=parity)
     put_slot(store, key, passphrase, created=created)
     put_recipient(store, key, certifier=key, created=created)
     try:
@@ -124,18 +129,18 @@ def open_repository(store: Store) -> Repository:
     return Repository(store, read_config(store))
 
 
-def enroll_machine(repository: Repository, name: str) -> MachineKeys:
+def enroll_machine(repository: Repository, name: str, *, pinned: Sequence[RecipientRecord] = ()) -> MachineKeys:
     """Make keys for a new machine and write its public record; the caller saves them (`save_machine_keys`).
 
-    The machine pins the recipients that stand now. Raises UsageError for an impossible name, DamagedError if
-    the repository's first recipient is not to be found.
+    The machine pins the recipients that stand now; one that had keys before, of those that it had `pinned`. Raises
+    UsageError for an impossible name, DamagedError if the repository's first recipient is not to be found.
     """
     return create_machine(
         repository.store,
         repository.config.id,
         repository.config.chunk_size,
         name,
-        active_recipients(repository),
+        _still_active(repository, pinned) if pinned else active_recipients(repository),
         utc_now(),
     )
 
@@ -178,15 +183,20 @@ def accept_recipients(repository: Repository, keys: MachineKeys) -> list[Recipie
 
 def drop_revoked(repository: Repository, keys: MachineKeys) -> list[RecipientRecord]:
     """Let this machine seal no more to recipients that were revoked, and return those; one at least always stays."""
-    active = {each.id for each in active_recipients(repository)}
-    staying = tuple(each for each in keys.stored.recipients if each.id in active)
-    if not staying or len(staying) == len(keys.stored.recipients):
+    staying = _still_active(repository, keys.stored.recipients)
+    if len(staying) == len(keys.stored.recipients):
         return []
-    dropped = [each for each in keys.stored.recipients if each.id not in active]
+    dropped = [each for each in keys.stored.recipients if each not in staying]
     keys.stored = msgspec.structs.replace(keys.stored, recipients=staying)
     if keys.path is not None:
         save_keys(keys.path.parent, keys)
     return dropped
+
+
+def _still_active(repository: Repository, pinned: Sequence[RecipientRecord]) -> tuple[RecipientRecord, ...]:
+    """Return the recipients that were not revoked; all if none would be left."""
+    active = {each.id for each in active_recipients(repository)}
+    return tuple(each for each in pinned if each.id in active) or tuple(pinned)
 
 
 def load_machine_keys(state: Path, repository: Repository) -> MachineKeys | None:
@@ -226,8 +236,15 @@ def list_keys(repository: Repository) -> list[KeyInfo]:
     recipients = [KeyInfo("revoked" if each.id in revoked else "recipient", each.id, each.created) for each in known]
     slots = read_slots(store, repository_id)[0]
     passphrases = [KeyInfo("passphrase", each.slot.id, each.slot.created, of=each.slot.recipient) for each in slots]
-    machines = read_machines(store, repository_id)[0]
-    return recipients + passphrases + [KeyInfo("machine", each.id, each.created, each.name) for each in machines]
+    active = {each.id: each for each in known if each.id not in revoked}
+    retired, _ = read_retired(store, repository_id, active)
+    machines = [
+        KeyInfo("retired", each.id, each.created, each.name, successor=retired[each.id].successor)
+        if each.id in retired
+        else KeyInfo("machine", each.id, each.created, each.name)
+        for each in read_machines(store, repository_id)[0]
+    ]
+    return recipients + passphrases + machines
 
 
 def add_passphrase(repository: Repository, key: RecipientKey, passphrase: str) -> str:
@@ -298,6 +315,7 @@ def remove_recipient(repository: Repository, key: RecipientKey, recipient: str) 
         raise RefusedError(
             f"the recipient {key.id} counts no more itself", hint="Open the repository with the key of another one."
         )
+    _take_over_retirements(repository, recipient, key)
     put_revocation(store, recipient, key=key, created=utc_now())
     slots, _ = read_slots(store, repository_id)
     names = [each.name for each in slots if each.slot.recipient == recipient]
@@ -305,6 +323,19 @@ def remove_recipient(repository: Repository, key: RecipientKey, recipient: str) 
         names += [entry.name for entry in store.entries(f"{SECRETS}{machine.id}.{recipient}.")]
     for name in names:
         store.delete(name)
+
+
+def _take_over_retirements(repository: Repository, recipient: str, key: RecipientKey) -> None:
+    """Say again with `key` what a recipient has said about machines: what it says counts no more once it is removed."""
+    active = {each.id: each for each in active_recipients(repository)}
+    retired, _ = read_retired(repository.store, repository.config.id, active)
+    active.pop(recipient, None)
+    remaining, _ = read_retired(repository.store, repository.config.id, active)
+    for machine_id, each in retired.items():
+        if remaining.get(machine_id) != each:
+            put_retirement(
+                repository.store, machine_id, last=each.last, successor=each.successor, key=key, created=utc_now()
+            )
 
 
 def make_kit(repository: Repository, key: RecipientKey) -> RecoveryKit:

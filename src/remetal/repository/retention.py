@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 
 import msgspec
 
 from remetal.errors import UsageError
+from remetal.repository.retired import Retired, find_successors
 from remetal.repository.snapshots import Snapshot
 
 
@@ -37,12 +38,19 @@ def check_policy(policy: Policy) -> None:
         )
 
 
-def choose_kept(snapshots: Sequence[Snapshot], policy: Policy) -> dict[str, tuple[str, ...]]:
+def choose_kept(
+    snapshots: Sequence[Snapshot], policy: Policy, retired: Mapping[str, Retired] | None = None
+) -> dict[str, tuple[str, ...]]:
     """Return the ids of one machine's snapshots that the policy keeps, each with the reasons.
 
-    The newest snapshot is always kept. Newest means made last, by number; whatever times the snapshots say.
+    The newest snapshot is always kept. Newest means made last, by number; whatever times the snapshots say. Those of a
+    machine that was `retired` were made before those of its successor.
     """
-    newest_first = sorted(snapshots, key=lambda each: each.sequence, reverse=True)
+
+    def made(snapshot: Snapshot) -> tuple[int, int]:
+        return -len(find_successors(snapshot.machine_id, retired or {})), snapshot.sequence
+
+    newest_first = sorted(snapshots, key=made, reverse=True)
     reasons: dict[str, list[str]] = {}
     for snapshot in newest_first[:1]:
         reasons.setdefault(snapshot.id, []).append("newest")

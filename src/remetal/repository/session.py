@@ -1,12 +1,12 @@
 """Writing a backup: chunks into packs, packs into the index, and at the end one signed snapshot.
 
-The caller's thread reads; worker threads hash, compress, encrypt and verify, each filling a pack of its own; two
-more threads store finished packs. Memory, whatever the image's size: two packs per worker and two more being
-stored (16 MiB each), the caller's batches, one page of the map (128 KiB), and the table of known chunks
-(`remetal.repository.table`).
+The caller's thread reads; worker threads hash, compress, encrypt and verify, and fill one pack together; two more
+threads store finished packs. Memory, whatever the image's size and the number of threads: four packs of 16 MiB, the
+parity of the packs that are stored (one pack's size), the caller's batches, one page of the map (128 KiB), and the
+table of known chunks (`remetal.repository.table`).
 
-What is stored appears in this order: pack, index, snapshot. Index objects are written every few packs, so that a
-backup that is cut off leaves little that the next one has to store again.
+What is stored appears in this order: pack, index, parity, snapshot. Index objects are written every few packs, so that
+a backup that is cut off leaves little that the next one has to store again.
 """
 
 from __future__ import annotations
@@ -15,24 +15,54 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 
 from remetal import __version__
 from remetal.errors import DamagedError, RemetalError, UnavailableError
 from remetal.events import Note, Report, Warn, silent
-from remetal.repository.catalog import MachineAccess, Newest, check_keys, find_newest, is_void, read_entry, read_vouched
+from remetal.repository.catalog import (
+    MachineAccess,
+    Newest,
+    check_keys,
+    find_newest,
+    is_void,
+    need_unretired,
+    read_entry,
+    read_vouched,
+)
 from remetal.repository.chunks import image_runs, load_table
-from remetal.repository.encoder import UPLOADERS, Encoded, Statistics, Uploads, Worker
+from remetal.repository.cipher import digest
+from remetal.repository.encoder import Encoded, Filling, Statistics, Uploads, Worker
 from remetal.repository.history import LEDGER, entry_name, open_envelope, put_entry
 from remetal.repository.ledgers import open_ledger
 from remetal.repository.locks import MachineLock, hold_machine
 from remetal.repository.machines import Head, MachineKeys
-from remetal.repository.maps import PAGE_CHUNKS, PageBuilder, map_digest, map_folder, page_slots, put_page
+from remetal.repository.maps import (
+    PAGE_CHUNKS,
+    ZERO_ID,
+    PageBuilder,
+    decode_page,
+    map_digest,
+    map_folder,
+    page_slots,
+    put_page,
+)
+from remetal.repository.objects import miscalculated
+from remetal.repository.parity_writer import ParityWriter
 from remetal.repository.repository import Repository, drop_revoked, new_recipients, utc_now
-from remetal.repository.snapshots import Body, ImageRecord, Snapshot, check_image, encode_snapshot, open_snapshot
+from remetal.repository.retired import NOBODY
+from remetal.repository.snapshots import (
+    Body,
+    ImageRecord,
+    LeftOut,
+    Snapshot,
+    check_image,
+    encode_snapshot,
+    open_snapshot,
+)
 from remetal.repository.table import ChunkTable
 from remetal.storage import AlreadyExistsError
 
@@ -53,10 +83,20 @@ class Batch:
     release: Callable[[], None]
 
 
+@dataclass(frozen=True)
+class Known:
+    """Consecutive chunks of an image that are stored already, by their ids; `size` is how many bytes they have."""
+
+    first: int
+    ids: Sequence[bytes]
+    size: int
+
+
 class _MapWriter:
     """Collects an image's ids in order and stores the pages of its map."""
 
     def __init__(self, repository: Repository, keys: MachineKeys, size: int, avoid: Collection[str]) -> None:
+        self._set: list[tuple[int, bytes]] = []
         self._repository = repository
         self._keys = keys
         self._size = size
@@ -73,6 +113,7 @@ class _MapWriter:
             assert self._page is not None
             part = ids[done : done + PAGE_CHUNKS - slot]
             self._page.set(slot, part)
+            self._set += enumerate(part, slot)
             done += len(part)
 
     def finish(self, pages: int) -> list[bytes]:
@@ -83,6 +124,7 @@ class _MapWriter:
     def _turn_to(self, number: int) -> None:
         if self._page is not None and len(self.pages) < number:
             body = self._page.encode()
+            self._need_good(body)
             repository = self._repository
             name = put_page(repository.store, repository.config.id, self._keys.domain, body, avoid=self._avoid)
             self.pages.append(name)
@@ -91,6 +133,19 @@ class _MapWriter:
         if self._page is None:
             slots = page_slots(number, self._size, self._repository.config.chunk_size)
             self._page = PageBuilder(slots) if slots > 0 else None
+
+    def _need_good(self, body: bytes) -> None:
+        """Raise RemetalError unless a page's body says of each slot what it should."""
+        number = len(self.pages)
+        slots = page_slots(number, self._size, self._repository.config.chunk_size)
+        try:
+            runs = decode_page("of a map", body, slots) if body else []
+        except DamagedError:
+            runs = []
+        found = [pair for run in runs for pair in enumerate(run.ids, run.first)]
+        if found != self._set:
+            raise miscalculated("a page of an image's map")
+        self._set = []
 
 
 class _Predecessor:
@@ -146,18 +201,36 @@ class Session:
         self._follows = newest.follows
         self._ledger = newest.ledgers.newest
         self._avoid = self._ledger.names if self._ledger is not None else frozenset[str]()
-        self._uploads = Uploads(repository, keys, table, workers + UPLOADERS, self._avoid)
+        parity = ParityWriter(repository, keys.machine_id, table.packs, report) if repository.config.parity else None
+        self._uploads = Uploads(repository, keys, table, self._avoid, parity)
+        self._filling = Filling(repository, keys, self._uploads)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="encode")
         self._ahead = workers * _BATCHES_AHEAD
         self._workers: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for _ in range(workers):
-            self._workers.put(Worker(repository, keys, self._uploads))
+            self._workers.put(Worker(repository, keys, self._uploads, self._filling))
         self._failed = threading.Event()
         self._images: list[ImageRecord] = []
         self._ended = False
 
+    def store(self, size: int, batches: Iterable[Batch], keep: Callable[[Known], None]) -> None:
+        """Store chunks ahead of the image of `size` bytes that they may become part of; `keep` is told their ids.
+
+        Batches are taken and released as `write_image` does, and the same is raised. Of the session's statistics only
+        what is new counts: the image will count what it has.
+        """
+        with self._writing(), closing(self._encoded(batches, size)) as done:
+            for encoded in done:
+                counts = encoded.statistics
+                self._count(
+                    Statistics(
+                        new_bytes=counts.new_bytes, stored_bytes=counts.stored_bytes, chunks_new=counts.chunks_new
+                    )
+                )
+                keep(Known(encoded.first, encoded.ids, counts.read_bytes))
+
     def write_image(
-        self, volume: str, size: int, batches: Iterable[Batch], *, previous: ImageRecord | None = None
+        self, volume: str, size: int, batches: Iterable[Batch | Known], *, previous: ImageRecord | None = None
     ) -> ImageRecord:
         """Store a volume's content of `size` bytes and return the record that the snapshot will hold.
 
@@ -166,31 +239,17 @@ class Session:
         count of changed bytes needs it. Raises UnavailableError if the store fails, RemetalError if this
         computer miscalculates, and whatever `batches` raises; the session can then only be left.
         """
-        assert not self._ended, "the session has ended"
-        assert not self._failed.is_set(), "an image of the session has failed"
         chunk_size = self._repository.config.chunk_size
         pages = -(-size // (chunk_size * PAGE_CHUNKS))
-        writer = _MapWriter(self._repository, self._keys, size, self._avoid)
-        predecessor = _Predecessor(self._repository, self._keys, previous, self._report)
         before = self.statistics
-        waiting: deque[Future[Encoded | None]] = deque()
-        try:
-            following = 0
-            for batch in batches:
-                waiting.append(self._submit(batch, following, size))
-                following = batch.first + -(-len(batch.data) // chunk_size)
-                while waiting and (waiting[0].done() or len(waiting) >= self._ahead):
-                    self._collect(waiting.popleft(), writer, predecessor)
-            while waiting:
-                self._collect(waiting.popleft(), writer, predecessor)
+        with self._writing():
+            writer = _MapWriter(self._repository, self._keys, size, self._avoid)
+            predecessor = _Predecessor(self._repository, self._keys, previous, self._report)
+            with closing(self._encoded(batches, size)) as done:
+                for encoded in done:
+                    writer.add(encoded.first, encoded.ids)
+                    self._count(encoded.statistics, predecessor.changed(encoded.first, encoded.ids))
             names = writer.finish(pages)
-        except BaseException:
-            self._failed.set()
-            raise
-        finally:
-            for each in waiting:
-                with suppress(Exception):
-                    each.result()
         record = ImageRecord(
             volume=volume,
             size=size,
@@ -204,7 +263,15 @@ class Session:
         self._images.append(record)
         return record
 
-    def commit(self, *, layout: bytes, hostname: str, tags: Sequence[str] = (), time: str | None = None) -> Snapshot:
+    def commit(
+        self,
+        *,
+        layout: bytes,
+        hostname: str,
+        tags: Sequence[str] = (),
+        left_out: Sequence[LeftOut] = (),
+        time: str | None = None,
+    ) -> Snapshot:
         """Store all that is still in memory, then the signed snapshot, and return it: the backup is acknowledged.
 
         `layout` is the layout's JSON; `time` is UTC in ISO 8601, by default now. Raises UnavailableError if the
@@ -222,6 +289,7 @@ class Session:
             version=__version__,
             layout=bytes(layout),
             images=tuple(self._images),
+            left_out=tuple(left_out),
         )
         snapshot = self._append(body)
         try:
@@ -244,13 +312,16 @@ class Session:
                 previous=self._follows.id,
                 ledger=self._ledger.envelope.sequence if self._ledger is not None else 0,
             )
-            snapshot = self._read_back(sequence, data)
+            snapshot = self._read_back(sequence, data, body)
             self._lock.check()
+            if digest(data).hex() != snapshot.id:
+                raise miscalculated("the snapshot")
             try:
                 put_entry(store, entry_name(machine_id, sequence), data)
             except AlreadyExistsError:
                 self._follow(sequence)
                 continue
+            need_unretired(self._repository, self._keys.stored.record)
             if is_void(self._repository, self._keys.stored.record, sequence):
                 raise _outrun()
             return snapshot
@@ -273,7 +344,7 @@ class Session:
                 hint="Nothing is lost; run this one again.",
             )
         pages = {map_folder(machine.id) + page.hex() for image in self._images for page in image.pages if page}
-        if ledger.packs & self._uploads.relied_on() or ledger.names & pages:
+        if self._uploads.relies_on(ledger.packs) or ledger.names & pages:
             raise _outrun()
         self._follows, self._ledger = Head(sequence=sequence, id=envelope.id), ledger
 
@@ -284,6 +355,56 @@ class Session:
         self._pool.shutdown(wait=True)
         with suppress(Exception):  # the error that led here is the one to tell
             self._uploads.finish()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Let nothing follow what has failed."""
+        assert not self._ended, "the session has ended"
+        assert not self._failed.is_set(), "an image of the session has failed"
+        try:
+            yield
+        except BaseException:
+            self._failed.set()
+            raise
+
+    def _encoded(self, batches: Iterable[Batch | Known], size: int) -> Generator[Encoded, None, None]:
+        """Let the workers encode batches of an image of `size` bytes, and yield what became of them, in order."""
+        chunk_size = self._repository.config.chunk_size
+        waiting: deque[Future[Encoded | None]] = deque()
+        try:
+            following = 0
+            for batch in batches:
+                if isinstance(batch, Known):
+                    waiting.append(self._take_known(batch, following))
+                    following = batch.first + len(batch.ids)
+                else:
+                    waiting.append(self._submit(batch, following, size))
+                    following = batch.first + -(-len(batch.data) // chunk_size)
+                while waiting and (waiting[0].done() or len(waiting) >= self._ahead):
+                    yield from self._collect(waiting.popleft())
+            while waiting:
+                yield from self._collect(waiting.popleft())
+        except BaseException:
+            self._failed.set()  # so that the workers take no more of what waits
+            raise
+        finally:
+            for each in waiting:
+                with suppress(Exception):
+                    each.result()
+
+    def _take_known(self, known: Known, following: int) -> Future[Encoded | None]:
+        """Return what stands for chunks that are stored already. Raises RemetalError if they are not."""
+        if known.first < following:
+            raise ValueError(f"{len(known.ids)} known chunks cannot stand at chunk {known.first}")
+        ids = list(known.ids)
+        seal = digest(*ids)
+        if not self._uploads.knows(ids):
+            raise miscalculated("the list of what was read")
+        zero = ids.count(ZERO_ID)
+        counts = Statistics(read_bytes=known.size, chunks_known=len(ids) - zero, chunks_zero=zero)
+        future: Future[Encoded | None] = Future()
+        future.set_result(Encoded(known.first, ids, seal, counts))
+        return future
 
     def _submit(self, batch: Batch, following: int, size: int) -> Future[Encoded | None]:
         chunk_size = self._repository.config.chunk_size
@@ -309,18 +430,18 @@ class Session:
             self._workers.put(worker)
             batch.release()
 
-    def _collect(self, future: Future[Encoded | None], writer: _MapWriter, predecessor: _Predecessor) -> None:
+    def _collect(self, future: Future[Encoded | None]) -> Iterator[Encoded]:
         done = future.result()
         if done is None:
             return  # another batch has failed, and its future says why
-        writer.add(done.first, done.ids)
-        counts, total = done.statistics, self.statistics
-        size = self._repository.config.chunk_size
-        changed = sum(
-            min(size, counts.read_bytes - number * size)
-            for number, differs in enumerate(predecessor.changed(done.first, done.ids))
-            if differs
-        )
+        if digest(*done.ids) != done.seal:
+            raise miscalculated("a page of an image's map")
+        yield done
+
+    def _count(self, counts: Statistics, differs: Sequence[bool] = ()) -> None:
+        """Add to the session's statistics; `differs` tells which of the chunks are not what stood there before."""
+        total, size = self.statistics, self._repository.config.chunk_size
+        changed = sum(min(size, counts.read_bytes - number * size) for number, each in enumerate(differs) if each)
         self.statistics = Statistics(
             read_bytes=total.read_bytes + counts.read_bytes,
             new_bytes=total.new_bytes + counts.new_bytes,
@@ -333,15 +454,25 @@ class Session:
 
     def _flush(self) -> None:
         self._pool.shutdown(wait=True)
-        while not self._workers.empty():
-            self._workers.get().flush()
+        self._filling.flush()
         self._uploads.finish()
 
-    def _read_back(self, sequence: int, data: bytes) -> Snapshot:
-        """Decode a snapshot from the very bytes that will be stored."""
+    def _read_back(self, sequence: int, data: bytes, body: Body) -> Snapshot:
+        """Decode a snapshot from the very bytes that will be stored. Raises RemetalError if it is another one."""
         machine = self._keys.stored.record
-        envelope = open_envelope(entry_name(machine.id, sequence), data, machine, {})
-        return open_snapshot(envelope, data, machine, self._keys.domain)
+        try:
+            envelope = open_envelope(entry_name(machine.id, sequence), data, machine, NOBODY)
+            snapshot = open_snapshot(envelope, data, machine, self._keys.domain)
+        except DamagedError as error:
+            raise miscalculated("the snapshot") from error
+        said, meant = (
+            (each.time, each.hostname, each.tags, each.version, each.layout, each.images, each.left_out)
+            for each in (snapshot, body)
+        )
+        ledger = self._ledger.envelope.sequence if self._ledger is not None else 0
+        if said != meant or (envelope.previous, envelope.ledger) != (self._follows.id, ledger):
+            raise miscalculated("the snapshot")
+        return snapshot
 
 
 def _outrun() -> UnavailableError:
@@ -359,9 +490,10 @@ def open_session(
 
     `workers` is the number of threads that encode, by default one per processor. Leaving the block without
     `commit` leaves no snapshot. Raises UnavailableError if another backup of the machine is at work,
-    RefusedError if the keys are another repository's.
+    RefusedError if the keys are another repository's, or were retired.
     """
     check_keys(repository, keys)
+    need_unretired(repository, keys.stored.record)
     with hold_machine(repository.store, keys.machine_id) as lock:
         problems: list[str] = []
         access = MachineAccess(keys.stored.record, keys.domain)

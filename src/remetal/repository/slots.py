@@ -21,10 +21,12 @@ from remetal.repository.objects import (
     MAX_KEY_OBJECT,
     SLOTS,
     Record,
+    check_moment,
     damaged,
     decode_json,
     encode_json,
     get_named,
+    miscalculated,
     put_named,
 )
 from remetal.repository.recipients import RecipientKey
@@ -36,11 +38,13 @@ LANES = 4
 """RFC 9106 section 4, the second recommended option: it also fits a small machine that is being recovered."""
 
 MAX_SLOTS = 32
-MAX_MEMORY_KIB = 1 << 20
+MAX_MEMORY_KIB = 128 << 10
 MAX_ITERATIONS = 16
 MAX_LANES = 16
-MAX_WORK = 4 << 20
-"""Cap of memory (KiB) times iterations, about a minute of one old core."""
+MAX_WORK = 512 << 10
+"""Cap of memory (KiB) times iterations, about three times what is written today."""
+MAX_WORK_OF_ALL = 6 << 20
+"""The same for all passphrases of a repository: as many as there may be, each as it is written today."""
 
 
 class Slot(Record, frozen=True, kw_only=True):
@@ -81,6 +85,8 @@ def put_slot(store: Store, key: RecipientKey, passphrase: str, *, created: str) 
     )
     sealed = AESGCM(_slot_key(blank, passphrase)).encrypt(bytes(12), key.seed, encode_json(blank))
     slot = msgspec.structs.replace(blank, sealed=sealed)
+    if try_slot(slot, passphrase) != key:
+        raise miscalculated("the passphrase's slot")
     put_named(store, f"{SLOTS}{slot.id}.", encode_json(slot))
     return slot
 
@@ -89,6 +95,7 @@ def read_slots(store: Store, repository_id: str) -> tuple[list[StoredSlot], list
     """Return the slots that can be used, and what is wrong with others."""
     slots: list[StoredSlot] = []
     problems: list[DamagedError] = []
+    work = 0
     for entry in store.entries(SLOTS):
         if len(slots) + len(problems) >= MAX_SLOTS:
             problems.append(damaged(SLOTS, f"it holds more than {MAX_SLOTS} passphrases"))
@@ -99,6 +106,10 @@ def read_slots(store: Store, repository_id: str) -> tuple[list[StoredSlot], list
         except DamagedError as error:
             problems.append(error)
         else:
+            work += slot.memory * slot.iterations
+            if work > MAX_WORK_OF_ALL:
+                problems.append(damaged(entry.name, "it would take too long to try, with all that come before it"))
+                break
             slots.append(StoredSlot(entry.name, slot))
     return slots, problems
 
@@ -111,6 +122,7 @@ def check_slot(name: str, slot: Slot, repository_id: str) -> None:
         raise damaged(name, "its Argon2id parameters are beyond all reason")
     if slot.repository != repository_id or not 8 <= len(slot.salt) <= 64:
         raise damaged(name, "it belongs to another repository")
+    check_moment(name, slot.created)
     if len(slot.sealed) != KEY_SIZE + TAG_SIZE:
         raise damaged(name, "its sealed part has the wrong length")
 

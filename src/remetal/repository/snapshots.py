@@ -6,6 +6,7 @@ needs the machine's catalog key.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from remetal.repository.cipher import SIV_SIZE, CipherError, open_record, seal_record
@@ -13,12 +14,17 @@ from remetal.repository.config import MAX_CHUNK, MIN_CHUNK
 from remetal.repository.history import SNAPSHOT, Envelope, encode_clear, pack_body, sign_entry, split_body, unpack_body
 from remetal.repository.machines import Domain, MachineRecord
 from remetal.repository.maps import ID_SIZE, map_digest, page_count
-from remetal.repository.objects import Record, damaged
-from remetal.units import MIB
+from remetal.repository.objects import Record, check_moment, damaged
+from remetal.units import MIB, format_bytes
 
-MAX_SNAPSHOT = 64 * MIB
-MAX_BODY = 128 * MIB
+MAX_SNAPSHOT = 32 * MIB
+MAX_BODY = 32 * MIB
 MAX_IMAGES = 4096
+MAX_LEFT_OUT = 4096
+MAX_PATH = 4096
+"""Letters of a path that was left out; the kernel takes so many bytes."""
+_TOLD = 20
+"""So many paths of a volume are told to people."""
 
 
 class ImageRecord(Record, frozen=True, kw_only=True):
@@ -37,7 +43,18 @@ class ImageRecord(Record, frozen=True, kw_only=True):
     pages: tuple[bytes, ...]
 
 
-class Body(Record, frozen=True, kw_only=True):
+class LeftOut(Record, frozen=True, kw_only=True):
+    """A file, or the files in a folder, of whose content `bytes` are not in the image of the volume.
+
+    `path` is as the machine knew it; bytes of it that are not UTF-8 are told as `\\xff`.
+    """
+
+    volume: str
+    path: str
+    bytes: int
+
+
+class Body(Record, frozen=True, kw_only=True, omit_defaults=True):
     """The sealed part of a snapshot; `version` is that of the remetal that made it."""
 
     time: str
@@ -46,6 +63,7 @@ class Body(Record, frozen=True, kw_only=True):
     version: str
     layout: bytes
     images: tuple[ImageRecord, ...]
+    left_out: tuple[LeftOut, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +81,7 @@ class Snapshot:
     version: str
     layout: bytes = field(repr=False)
     images: tuple[ImageRecord, ...]
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def encode_snapshot(
@@ -76,7 +95,7 @@ def encode_snapshot(
     ledger: int,
 ) -> bytes:
     """Return the bytes of a snapshot's object."""
-    packed = pack_body(body)
+    packed = pack_body("the description of the machine and its images", body, MAX_BODY)
     clear = encode_clear(
         SNAPSHOT,
         repository_id,
@@ -109,6 +128,7 @@ def open_snapshot(envelope: Envelope, data: bytes, machine: MachineRecord, domai
         version=body.version,
         layout=body.layout,
         images=body.images,
+        left_out=body.left_out,
     )
 
 
@@ -117,9 +137,22 @@ def decode_body(name: str, packed: bytes) -> Body:
     body = unpack_body(name, packed, Body, MAX_BODY)
     if len(body.images) > MAX_IMAGES or len({image.volume for image in body.images}) != len(body.images):
         raise damaged(name, "its images are impossible")
+    check_moment(name, body.time)
     for image in body.images:
         check_image(name, image)
+    _check_left_out(name, body)
     return body
+
+
+def _check_left_out(name: str, body: Body) -> None:
+    """Raise DamagedError unless what was left out was left out of the images, and can be told."""
+    volumes = {image.volume for image in body.images}
+    good = all(
+        each.volume in volumes and 0 < len(each.path) <= MAX_PATH and 0 <= each.bytes < 1 << 63
+        for each in body.left_out
+    )
+    if len(body.left_out) > MAX_LEFT_OUT or not good:
+        raise damaged(name, "what it says was left out is impossible")
 
 
 def check_image(name: str, image: ImageRecord) -> None:
@@ -132,5 +165,16 @@ def check_image(name: str, image: ImageRecord) -> None:
     lengths = {len(page) for page in image.pages} <= {0, ID_SIZE}
     if len(image.pages) != page_count(image.size, image.chunk_size) or not lengths:
         raise damaged(name, f"the map of image '{image.volume}' does not fit its size")
-    if image.digest != map_digest(image.size, image.chunk_size, list(image.pages)):
+    if image.digest != map_digest(image.size, image.chunk_size, image.pages):
         raise damaged(name, f"the map of image '{image.volume}' is not the one it says")
+
+
+def describe_left_out(left_out: Iterable[LeftOut]) -> Iterator[str]:
+    """Yield what was left out of each volume, as people read it."""
+    found: dict[str, list[LeftOut]] = {}
+    for each in left_out:
+        found.setdefault(each.volume, []).append(each)
+    for volume, paths in found.items():
+        told = [f"{each.path} ({format_bytes(each.bytes)})".replace("\n", r"\x0a") for each in paths[:_TOLD]]
+        rest = [f"and {len(paths) - _TOLD} more"] if len(paths) > _TOLD else []
+        yield f"left out of {volume}: {', '.join([*told, *rest])}"

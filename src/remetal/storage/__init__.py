@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from remetal.errors import UsageError
+from remetal.errors import UnavailableError, UsageError
+from remetal.pace import Pace
 from remetal.storage.limit import LimitedStore
 from remetal.storage.local import LocalStore
 from remetal.storage.retry import RetryingStore
@@ -23,6 +24,8 @@ __all__ = [
     "RetainedError",
     "Store",
     "find_folder",
+    "is_redundant",
+    "open_folder",
     "open_store",
 ]
 
@@ -65,23 +68,43 @@ KINDS: dict[str, Callable[[str], Store]] = {
 """What opens a location, by its scheme; a new kind of store is one line here."""
 
 
-def open_store(location: str, *, urgent: bool = False) -> Store:
+def open_store(location: str, *, urgent: bool = False, rate: float | None = None) -> Store:
     """Open the store that a person named: a path, or an address such as `sftp://host/folder`.
 
     Nothing is created or read yet. `urgent` is whoever is about to make room there. It moves no more bytes a second
-    than REMETAL_LIMIT_RATE says, such as `10M`.
+    than `rate`, or where that is None than REMETAL_LIMIT_RATE says, such as `10M`.
     Raises UsageError for an empty location and for a scheme that no store is registered for.
     """
     store = _open_unlimited(location)
     if urgent and isinstance(store, LocalStore):
         store = LocalStore(store.root, store.location, urgent=True)
-    limit = os.environ.get("REMETAL_LIMIT_RATE", "")
-    if not limit:
-        return store
-    rate = parse_bytes(limit)
+    return _limited(store, rate)
+
+
+def open_folder(
+    root: Path, location: str, *, urgent: bool = False, remote: bool = False, rate: float | None = None
+) -> Store:
+    """Open the store in a folder that was mounted for it, and that a person calls `location`; else as `open_store`.
+
+    What a `remote` folder's server fails to do is tried again.
+    """
+    store = LocalStore(root, location, urgent=urgent)
+    return _limited(RetryingStore(store) if remote else store, rate)
+
+
+def parse_rate(text: str, name: str) -> float:
+    """Return the bytes a second that an option or a variable called `name` allows. Raises UsageError."""
+    rate = parse_bytes(text)
     if rate < _LEAST_RATE:
-        raise UsageError(f"REMETAL_LIMIT_RATE is {limit}, which would take for ever", hint="Give 10K at least.")
-    return LimitedStore(store, rate)
+        raise UsageError(f"{name} is {text}, which would take for ever", hint="Give 10K at least.")
+    return rate
+
+
+def _limited(store: Store, rate: float | None) -> Store:
+    limit = os.environ.get("REMETAL_LIMIT_RATE", "")
+    if rate is None and limit:
+        rate = parse_rate(limit, "REMETAL_LIMIT_RATE")
+    return store if rate is None else LimitedStore(store, Pace(rate))
 
 
 def _open_unlimited(location: str) -> Store:
@@ -96,14 +119,33 @@ def _open_unlimited(location: str) -> Store:
             )
         return LocalStore(Path(location), location)
     if scheme not in KINDS:
-        known = ", ".join(f"{each}://" for each in sorted(KINDS))
+        known = ", ".join(f"{each}://" for each in sorted({*KINDS, "nfs", "smb"}))
         raise UsageError(
             f"no kind of repository is called '{scheme}://'", hint=f"Give a folder's path, or one of: {known}"
         )
     return KINDS[scheme](location)
 
 
+REDUNDANT = frozenset({"s3"})
+"""Kinds of stores that keep every object several times, on several machines, by themselves."""
+
+
+def is_redundant(location: str) -> bool:
+    """Whether the store that a location means guards against damage itself; a folder or server may be one disk."""
+    return location.partition("://")[0] in REDUNDANT
+
+
 def find_folder(location: str) -> Path | None:
-    """Return the folder of this machine that a location means, with links followed; None if it means none."""
+    """Return the folder of this machine that a location means, with links followed; None if it means none.
+
+    Raises UnavailableError if it cannot be looked at.
+    """
     store = _open_unlimited(location)
-    return store.root.resolve() if isinstance(store, LocalStore) else None
+    if not isinstance(store, LocalStore):
+        return None
+    try:
+        return store.root.resolve(strict=True)
+    except FileNotFoundError:
+        return store.root.resolve()
+    except OSError as error:
+        raise UnavailableError(f"the folder {store.root} cannot be looked at: {error.strerror}") from error

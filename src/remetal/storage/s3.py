@@ -4,6 +4,9 @@ Credentials, region and endpoint come from where the `aws` command finds them: A
 ~/.aws/credentials and AWS_PROFILE, the instance's role; AWS_ENDPOINT_URL for another provider. The bucket has to honour
 `If-None-Match: *`, which makes of two writers one the winner.
 
+What is large goes in parts: a slow line fails at one part then, and not at the whole. obstore's own uploads in parts
+cannot be conditional, so the requests are botocore's.
+
 In a bucket that keeps versions the oldest version of an object is the object: what somebody uploads over it, and
 markers that say it is deleted, change nothing. Objects below `locks/` come and go; a marker ends those.
 """
@@ -16,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -41,10 +45,18 @@ from remetal.storage.store import (
 if TYPE_CHECKING:
     from obstore.store import S3Credential
 
-_TIMEOUT = timedelta(seconds=60)
+_TIMEOUT, _CONNECT_TIMEOUT = timedelta(minutes=10), timedelta(seconds=20)
+"""For one whole request: as long as 32 MiB take at half a megabit a second."""
+PART_SIZE = 8 << 20
+"""Bytes above which an object goes in parts, and of each part; S3 wants 5 MiB at least."""
+_ABANDONED = timedelta(days=1)
+"""Age at which an upload in parts that nobody has finished is dead; that of the server's clock."""
+_PROBE = ".remetal/conditional"
+"""A key that no object has, to find out what the provider does."""
 _KNOWN_VERSIONS = 1 << 17
 """Of how many objects the version that counts is remembered."""
 _DEFAULT_REGION = "us-east-1"
+_TAKEN = {"PreconditionFailed", "412"}
 _DENIED = {"AccessDenied", "AllAccessDisabled", "InvalidRequest"}
 
 
@@ -76,6 +88,9 @@ class S3Store:
         self._objects: obstore.store.S3Store | None = None
         self._client: Any = None
         self._versioned = False
+        self._swept = False
+        self._probing = threading.Lock()
+        self._joins: bool | None = None
         self._first: OrderedDict[str, _Version] = OrderedDict()
 
     @property
@@ -90,9 +105,69 @@ class S3Store:
             objects = self._open()
             if self._versioned and self._find_first(name) is not None:
                 raise self._taken(name)
-            made = obstore.put(objects, self._prefix + name, b"".join(data), mode="create", use_multipart=False)
+            self._sweep()
+            whole = b"".join(data)
+            if len(whole) > PART_SIZE and (self._versioned or self._joins_conditionally()):
+                version = self._put_parts(self._prefix + name, whole)
+            else:
+                made = obstore.put(objects, self._prefix + name, whole, mode="create", use_multipart=False)
+                version = str(made["version"])
             if self._versioned:
-                self._need_first(name, str(made["version"]))
+                self._need_first(name, version)
+
+    def _put_parts(self, key: str, data: bytes) -> str:
+        """Create an object in parts, and return its version; what was uploaded goes away again where that fails."""
+        place = {"Bucket": self._bucket, "Key": key}
+        upload = self._client.create_multipart_upload(**place)["UploadId"]
+        try:
+            parts = []
+            for number, start in enumerate(range(0, len(data), PART_SIZE), start=1):
+                body = data[start : start + PART_SIZE]
+                made = self._client.upload_part(**place, UploadId=upload, PartNumber=number, Body=body)
+                parts.append({"ETag": made["ETag"], "PartNumber": number})
+            done = self._client.complete_multipart_upload(
+                **place, UploadId=upload, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
+            )
+        except BaseException:
+            with suppress(botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError):
+                self._client.abort_multipart_upload(**place, UploadId=upload)
+            raise
+        return str(done.get("VersionId", ""))
+
+    def _joins_conditionally(self) -> bool:
+        """Whether the provider refuses to join parts to an object that is there already; some just replace it.
+
+        Tried once, on an object of our own. Without versions there would be no telling whose object it is.
+        """
+        with self._probing:
+            if self._joins is None:
+                with suppress(obstore.exceptions.AlreadyExistsError):
+                    obstore.put(self._open(), self._prefix + _PROBE, b"probe", mode="create", use_multipart=False)
+                try:
+                    self._put_parts(self._prefix + _PROBE, b"probe")
+                except botocore.exceptions.ClientError as error:
+                    if _code(error) not in _TAKEN:
+                        raise
+                    self._joins = True
+                else:
+                    self._joins = False
+            return self._joins
+
+    def _sweep(self) -> None:
+        """Once, end uploads in parts whose writers are no more: nobody lists them, and they cost money."""
+        with self._guard:
+            swept, self._swept = self._swept, True
+        if swept:
+            return
+        with suppress(botocore.exceptions.ClientError):  # these credentials may not, or the provider cannot
+            pages = self._client.get_paginator("list_multipart_uploads")
+            for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix):
+                now = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
+                for row in page.get("Uploads", ()):
+                    if row["Initiated"] < now - _ABANDONED:
+                        self._client.abort_multipart_upload(
+                            Bucket=self._bucket, Key=row["Key"], UploadId=row["UploadId"]
+                        )
 
     def get(self, name: str, *, start: int = 0, size: int | None = None) -> bytes:
         """Return an object's bytes; see the contract."""
@@ -173,7 +248,11 @@ class S3Store:
                     region=region,
                     endpoint=endpoint,
                     credential_provider=self._credentials(),
-                    client_options={"allow_http": endpoint.startswith("http://"), "timeout": _TIMEOUT},
+                    client_options={
+                        "allow_http": endpoint.startswith("http://"),
+                        "timeout": _TIMEOUT,
+                        "connect_timeout": _CONNECT_TIMEOUT,
+                    },
                     retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=1)},  # others try again
                 )
                 self._versioned = self._is_versioned()
@@ -329,6 +408,8 @@ class S3Store:
         except botocore.exceptions.ClientError as error:
             if _code(error) == "NoSuchBucket":
                 raise self._no_bucket() from error
+            if _code(error) in _TAKEN:
+                raise self._taken(name) from error
             if _code(error) in {*_DENIED, "InvalidAccessKeyId", "SignatureDoesNotMatch", "403", "ExpiredToken"}:
                 raise self._denied(name) from error
             raise self._failed(name, str(error)) from error

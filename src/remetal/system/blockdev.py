@@ -108,6 +108,7 @@ class DiskIO:
         self.path = path
         self.fd = fd
         self.direct = direct
+        self._sparse = stat.S_ISREG(os.fstat(fd).st_mode)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill the whole buffer from byte `offset`; raises RemetalError at a read error or the disk's end."""
@@ -150,6 +151,15 @@ class DiskIO:
     def reader(self, start: int) -> Callable[[int, int], bytes]:
         """Return a function `read(offset, size)` whose offsets count from byte `start`."""
         return lambda offset, size: self.read(start + offset, size)
+
+    def is_hole(self, offset: int, size: int) -> bool:
+        """Whether these bytes of a disk file take no space, and so are zeros; always False for a block device."""
+        if not self._sparse:
+            return False
+        try:
+            return os.lseek(self.fd, offset, os.SEEK_DATA) >= offset + size
+        except OSError as error:
+            return error.errno == errno.ENXIO and offset + size <= self.size()
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
         """Write all of `data` at byte `offset`.

@@ -42,6 +42,18 @@ def held_lock(path: Path, *, what: str) -> Iterator[None]:
         os.close(fd)
 
 
+def process_start(pid: int) -> int | None:
+    """Return when a process started, in ticks after boot; 0 if it is gone or a zombie, None if that cannot be told."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    except OSError:  # such as no descriptor left: that does not make anybody dead
+        return None
+    fields = text.rpartition(")")[2].split()
+    return int(fields[19]) if len(fields) > 19 and fields[0] not in {"Z", "X"} else 0
+
+
 def _no_lock(path: Path, error: OSError) -> UnavailableError:
     return UnavailableError(
         f"cannot lock {path}: {os.strerror(error.errno or 0)}", hint="Make that folder writable, or choose another."

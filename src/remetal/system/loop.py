@@ -16,6 +16,8 @@ from remetal.system.udev import lock_device
 _SECTOR = 512
 _TRIES = 20
 """How often somebody else may take the free loop device that we were about to use."""
+_MOMENT = 0.5
+"""For how many seconds udev may look at a device that was free."""
 _SYS_ADMIN = 21
 """The number of CAP_SYS_ADMIN (capabilities(7), <linux/capability.h>)."""
 
@@ -66,11 +68,12 @@ def _attach(span: Span, writable: bool) -> tuple[Path, int]:
         device = Path(run(["losetup", "--find"]).text.strip())
         fd = os.open(device, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
         try:
-            lock_device(fd, device)
+            lock_device(fd, device, patience=_MOMENT)
             run(["losetup", *options, device, span.path])
         except BaseException as error:
             os.close(fd)
-            taken = isinstance(error, ProgramFailedError) and "busy" in error.stderr
+            busy = isinstance(error, ProgramFailedError) and "busy" in error.stderr
+            taken = busy or isinstance(error, RefusedError)  # locked: somebody is about to attach something to it
             if not taken or attempt == _TRIES - 1:
                 raise
         else:

@@ -79,6 +79,11 @@ def overlaid_device(device: Path) -> Iterator[Path]:
                 run(["dmsetup", "remove", "--retry", name])
 
 
+def mapping_uuid(device: Path) -> str:
+    """Return a device-mapper device's DM UUID, empty for another device."""
+    return _text(_BLOCK / device.resolve().name / "dm/uuid")
+
+
 def is_started(array: Path) -> bool:
     """Whether an MD array runs, or is still being put together and holds its members for nobody (md.rst)."""
     return _text(_BLOCK / array.name / "md/array_state") not in {"", "clear", "inactive"}

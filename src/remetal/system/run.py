@@ -12,9 +12,11 @@ import shlex
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -32,6 +34,7 @@ _KEPT = ("HOME", "TMPDIR", "TZ", "http_proxy", "https_proxy", "no_proxy", "SSL_C
 _SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 
 _LINE_SHOWN = 300
+_MAX_TOLD = 1 << 16
 _PATIENCE = 5.0
 
 PACKAGES = {
@@ -48,6 +51,7 @@ PACKAGES = {
     "grub-mkimage": "grub-common",
     "losetup": "mount",
     "lvm": "lvm2",
+    "mariadb": "mariadb-client",
     "mcopy": "mtools",
     "mdadm": "mdadm",
     "mdir": "mtools",
@@ -63,14 +67,17 @@ PACKAGES = {
     "mmdebstrap": "mmdebstrap",
     "modprobe": "kmod",
     "ntfsresize": "ntfs-3g",
+    "psql": "postgresql-client",
     "qemu-img": "qemu-utils",
     "qemu-system-x86_64": "qemu-system-x86",
+    "redis-cli": "redis-tools",
     "resize.f2fs": "f2fs-tools",
     "resize2fs": "e2fsprogs",
     "rsync": "rsync",
     "thin_check": "thin-provisioning-tools",
     "tune.exfat": "exfatprogs",
     "tune2fs": "e2fsprogs",
+    "virsh": "libvirt-clients",
     "wipefs": "util-linux",
     "xfs_db": "xfsprogs",
     "xfs_growfs": "xfsprogs",
@@ -90,7 +97,7 @@ class ProgramFailedError(RemetalError):
     def __init__(self, argv: Sequence[str], returncode: int, stderr: str, *, ending: str = "") -> None:
         if not ending:
             ending = f"was ended by signal {-returncode}" if returncode < 0 else f"failed with exit code {returncode}"
-        said = [line for line in map(_presentable, stderr.strip().splitlines()[-6:]) if line]
+        said = [line for line in map(presentable, stderr.strip().splitlines()[-6:]) if line]
         detail = f": {' / '.join(said)}" if said else ""
         super().__init__(f"{argv[0]} {ending}{detail}", hint=f"The command was: {shlex.join(argv)}")
         self.argv = list(argv)
@@ -114,7 +121,7 @@ class Completed:
 
 def find_program(name: str) -> str | None:
     """Return the path of a program, or None; looks into the sbin folders even when PATH lacks them."""
-    return shutil.which(name, path=_search_path())
+    return shutil.which(name, path=search_path())
 
 
 def need_programs(*names: str) -> None:
@@ -142,7 +149,7 @@ def run(
     `allowed` are the exit codes that are not a failure; `timeout` is in seconds; `env` adds to the clean
     environment. Raises ProgramMissingError, or ProgramFailedError for any other exit code or a timeout.
     """
-    command = _resolve(argv)
+    command = resolve_program(argv)
     try:
         done = subprocess.run(
             command,
@@ -153,17 +160,52 @@ def run(
             env=_environment(env),
             cwd=cwd,
             check=False,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
     except subprocess.TimeoutExpired as error:
         stderr = (error.stderr or b"").decode("utf-8", "replace")
         ending = f"did not end within {error.timeout:g} s and was stopped"
         raise ProgramFailedError(command, -signal.SIGKILL, stderr, ending=ending) from error
     except (OSError, ValueError) as error:
-        raise _not_started(command, error) from error
+        raise not_started(command, error) from error
     if done.returncode not in allowed:
         raise ProgramFailedError(command, done.returncode, (done.stderr or done.stdout).decode("utf-8", "replace"))
     return Completed(done.returncode, done.stdout, done.stderr)
+
+
+def run_lines(argv: Argv, *, silent: bool = False) -> Generator[str, None, None]:
+    """Run a program and yield the lines that it prints, while it prints them; it is ended if nobody wants more.
+
+    `silent` is a program that says nothing on its error output unless something is wrong. Raises ProgramMissingError,
+    or, at the end, ProgramFailedError for any exit code but 0.
+    """
+    command = resolve_program(argv)
+    with tempfile.TemporaryFile(prefix="remetal-") as errors:
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=_environment(None),
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - one system call, whose function was loaded at import
+            )
+        except (OSError, ValueError) as error:
+            raise not_started(command, error) from error
+        assert process.stdout is not None
+        try:
+            yield from (line.decode("utf-8", "replace").rstrip("\n") for line in process.stdout)
+            process.wait()
+        finally:
+            process.stdout.close()
+            process.kill()
+            process.wait()
+        errors.seek(0)
+        told = errors.read(_MAX_TOLD).decode("utf-8", "replace")
+        if process.returncode != 0 or (silent and told.strip()):
+            raise ProgramFailedError(
+                command, process.returncode, told, ending="" if process.returncode else "complained"
+            )
 
 
 @contextmanager
@@ -174,13 +216,14 @@ def start(
     cwd: Path | None = None,
     log: Path | None = None,
     pass_fds: Sequence[int] = (),
+    orphaned: signal.Signals = signal.SIGKILL,
 ) -> Iterator[Process]:
     """Run a program beside us for the length of a `with` block; it is ended when the block is left.
 
-    Both outputs go to `log`, or are dropped. On leaving, SIGTERM, then after 5 s SIGKILL. Raises
-    ProgramMissingError, or ProgramFailedError if it cannot be started at all.
+    Both outputs go to `log`, or are dropped. On leaving, SIGTERM, then after 5 s SIGKILL; `orphaned` is what it gets if
+    we are killed. Raises ProgramMissingError, or ProgramFailedError if it cannot be started at all.
     """
-    command = _resolve(argv)
+    command = resolve_program(argv)
     with open(log or os.devnull, "ab") as output:  # noqa: PTH123 - os.devnull is no Path
         try:
             process = subprocess.Popen(
@@ -191,10 +234,10 @@ def start(
                 env=_environment(env),
                 cwd=cwd,
                 pass_fds=pass_fds,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call, whose function was loaded at import
+                preexec_fn=partial(die_with_parent, orphaned),  # noqa: PLW1509 - one system call, loaded at import
             )
         except (OSError, ValueError) as error:
-            raise _not_started(command, error) from error
+            raise not_started(command, error) from error
     try:
         yield process
     finally:
@@ -207,6 +250,82 @@ def start(
                 process.wait()
 
 
+@contextmanager
+def converse(argv: Argv, *, pass_fds: Sequence[int] = ()) -> Iterator[Process]:
+    """Run a program that outlives us, in a session of its own, and talk to it by pipes, which are not buffered.
+
+    When the block is left its input is closed, and it has a while to end; it is not killed. Raises RemetalError if it
+    cannot be started, or does not end.
+    """
+    command = resolve_program(argv)
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            env=_environment(None),
+            cwd="/",
+            pass_fds=pass_fds,
+            start_new_session=True,
+        )
+    except (OSError, ValueError) as error:
+        raise not_started(command, error) from error
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process.stdin, process.stdout:
+        try:
+            yield process
+        finally:
+            process.stdin.close()
+            if wait_for_end(process, 2 * _PATIENCE) is None:
+                raise RemetalError(
+                    f"{command[0]} ({process.pid}) does not end",
+                    hint=f"See what it does: cat /proc/{process.pid}/stack",
+                )
+
+
+class UnbrokenProgram:
+    """A program that changes what must not stay half changed: nothing ends it, neither our end nor who interrupts us.
+
+    What it says goes to a file without a name, because a pipe would break with us. Raises ProgramMissingError, or
+    ProgramFailedError if it cannot be started.
+    """
+
+    def __init__(self, argv: Argv) -> None:
+        """Start it, in a session of its own."""
+        self._command = resolve_program(argv)
+        self._told = ""
+        self._said = tempfile.TemporaryFile(prefix="remetal-")  # noqa: SIM115 - for as long as the program runs
+        try:
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=self._said,
+                stderr=self._said,
+                env=_environment(None),
+                cwd="/",
+                start_new_session=True,
+            )
+        except (OSError, ValueError) as error:
+            self._said.close()
+            raise not_started(self._command, error) from error
+
+    def ends(self, timeout: float) -> bool:
+        """Wait for its end; return whether it came within `timeout` seconds. Raises ProgramFailedError if it failed."""
+        code = wait_for_end(self._process, timeout)
+        if code is None:
+            return False
+        if not self._said.closed:
+            with self._said:
+                self._said.seek(0)
+                self._told = self._said.read(_MAX_TOLD).decode("utf-8", "replace")
+        if code != 0:
+            raise ProgramFailedError(self._command, code, self._told)
+        return True
+
+
 def wait_for_end(process: Process, timeout: float) -> int | None:
     """Wait for a running program to end and return its exit code, or None if it still runs after `timeout` seconds."""
     try:
@@ -215,21 +334,21 @@ def wait_for_end(process: Process, timeout: float) -> int | None:
         return None
 
 
-def _die_with_parent() -> None:
-    """Let the kernel kill the child when we die (prctl(2), PR_SET_PDEATHSIG).
+def die_with_parent(orphaned: int = signal.SIGKILL) -> None:
+    """Let the kernel end the child when we die (prctl(2), PR_SET_PDEATHSIG).
 
     A program that works on a disk must not go on beside the run that takes up where a killed one stopped.
     """
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, orphaned)
 
 
-def _presentable(line: str) -> str:
+def presentable(line: str) -> str:
     """Return a line of a program's output as it may stand in a message: no control characters, not endless."""
     plain = "".join(each if each.isprintable() else " " for each in line[:_LINE_SHOWN]).strip()
     return plain if len(line) <= _LINE_SHOWN else f"{plain}…"
 
 
-def _not_started(command: Sequence[str], error: OSError | ValueError) -> RemetalError:
+def not_started(command: Sequence[str], error: OSError | ValueError) -> RemetalError:
     """Return the error for a program that could not be started: it is not there, or the kernel refused it."""
     if isinstance(error, FileNotFoundError) and error.filename == command[0]:
         return ProgramMissingError(f"there is no program {command[0]}")
@@ -238,7 +357,8 @@ def _not_started(command: Sequence[str], error: OSError | ValueError) -> Remetal
     return ProgramFailedError(command, 126, "", ending=f"could not be started: {why}{where}")
 
 
-def _resolve(argv: Argv) -> list[str]:
+def resolve_program(argv: Argv) -> list[str]:
+    """Return the words of a command, the program by its whole path. Raises ProgramMissingError."""
     command = [os.fspath(word) for word in argv]
     if "/" not in command[0]:
         found = find_program(command[0])
@@ -249,11 +369,12 @@ def _resolve(argv: Argv) -> list[str]:
     return command
 
 
-def _search_path() -> str:
+def search_path() -> str:
+    """Return the PATH that programs get: ours, and the sbin folders behind it."""
     folders = [*os.environ.get("PATH", os.defpath).split(os.pathsep), *_SBIN]
     return os.pathsep.join(dict.fromkeys(folder for folder in folders if folder))
 
 
 def _environment(extra: Mapping[str, str] | None) -> dict[str, str]:
     kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
-    return {"PATH": _search_path(), "LC_ALL": "C.UTF-8", "LANG": "C.UTF-8", **kept, **(extra or {})}
+    return {"PATH": search_path(), "LC_ALL": "C.UTF-8", "LANG": "C.UTF-8", **kept, **(extra or {})}

@@ -21,12 +21,12 @@ _PATIENCE = 10.0
 """Seconds: how long udev may be at work on a device before we give up."""
 
 
-def lock_device(fd: int, path: Path) -> None:
+def lock_device(fd: int, path: Path, *, patience: float = _PATIENCE) -> None:
     """Lock an open block device until it is closed, so that udev passes it and its partitions over.
 
-    Raises RefusedError if somebody else holds it locked.
+    Raises RefusedError if somebody else holds it locked for longer than `patience` seconds.
     """
-    end = time.monotonic() + _PATIENCE
+    end = time.monotonic() + patience
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -37,11 +37,15 @@ class Drive:
 
 @dataclass(frozen=True, slots=True)
 class Nic:
-    """A network interface behind a network of its own; `restricted` keeps it from reaching beyond this host."""
+    """A network interface behind a network of its own; `restricted` keeps it from reaching beyond this host.
+
+    `forwards` are ports of this host's loopback, each with the guest's that it leads to; the guest is 10.0.2.15.
+    """
 
     model: str = "virtio-net-pci"
     mac: str = ""
     restricted: bool = True
+    forwards: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +146,8 @@ def _drive_argv(machine: Machine) -> Iterator[str]:
 
 def _nic_argv(machine: Machine) -> Iterator[str]:
     for index, nic in enumerate(machine.nics):
-        yield from ("-netdev", f"user,id=net{index},restrict={'on' if nic.restricted else 'off'}")
+        forwards = "".join(f",hostfwd=tcp:127.0.0.1:{here}-:{there}" for here, there in nic.forwards)
+        yield from ("-netdev", f"user,id=net{index},restrict={'on' if nic.restricted else 'off'}{forwards}")
         mac = nic.mac or f"52:54:00:72:6d:{index:02x}"
         # Without an option ROM, a firmware does not waste time on looking for something to boot from the network.
         yield from ("-device", f"{nic.model},netdev=net{index},mac={mac},romfile=")

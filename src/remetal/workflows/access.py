@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from remetal.errors import RefusedError, UsageError
+from remetal.errors import DamagedError, RefusedError, UsageError
 from remetal.ids import SHORT, match_prefix, short
 from remetal.repository.catalog import Catalog, open_catalog
 from remetal.repository.machines import MachineKeys, state_folder
@@ -19,8 +19,9 @@ from remetal.repository.repository import (
     unlock_with_kit,
     unlock_with_passphrase,
 )
+from remetal.repository.retired import Retired, find_line, find_successors
 from remetal.repository.snapshots import Snapshot
-from remetal.storage import open_store
+from remetal.workflows.stores import opened_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +33,13 @@ class Secret:
 
 
 @contextmanager
-def opened_repository(location: str, *, urgent: bool = False) -> Iterator[Repository]:
-    """Open the repository at `location` for the length of a block; `urgent` is whoever is about to make room there.
+def opened_repository(location: str, *, urgent: bool = False, read_only: bool = False) -> Iterator[Repository]:
+    """Open the repository at `location` for the length of a block; see `opened_store`.
 
     Raises UnavailableError if it cannot be reached, RefusedError if there is none or its format is newer.
     """
-    store = open_store(location, urgent=urgent)
-    try:
-        yield open_repository(store)
-    finally:
-        store.close()
+    with opened_store(location, urgent=urgent, read_only=read_only) as opened:
+        yield open_repository(opened.store)
 
 
 def unlock(repository: Repository, secret: Secret) -> RecipientKey:
@@ -89,11 +87,23 @@ def open_records(repository: Repository, key: RecipientKey | None) -> list[Catal
     return [open_catalog(repository, keys) for keys in local]
 
 
-def select_snapshot(snapshots: Sequence[Snapshot], wanted: str, machine: str | None) -> Snapshot:
+def select_snapshot(
+    snapshots: Sequence[Snapshot],
+    wanted: str,
+    machine: str | None,
+    retired: Mapping[str, Retired],
+    problems: Sequence[str] = (),
+) -> Snapshot:
     """Return the snapshot that a person means: an id's prefix, or `latest` with a machine where several exist.
 
-    Raises UsageError if none or several fit.
+    A machine that was `retired` and its successor are one. `problems` are what was wrong while they were read.
+    Raises UsageError if none or several fit, DamagedError if there is none at all and something was wrong.
     """
+    if not snapshots and problems:
+        raise DamagedError(
+            f"no snapshot can be read: {problems[0]}{f', and {len(problems) - 1} more' if len(problems) > 1 else ''}",
+            hint="Run `remetal check` to see all that is wrong; use a copy of the repository if there is one.",
+        )
     candidates = [
         each for each in snapshots if machine is None or is_of_machine(machine, each.machine, each.machine_id)
     ]
@@ -108,7 +118,7 @@ def select_snapshot(snapshots: Sequence[Snapshot], wanted: str, machine: str | N
     if wanted != "latest":
         chosen = match_prefix(wanted, (each.id for each in candidates), what="snapshot")
         return next(each for each in candidates if each.id == chosen)
-    names = {each.machine_id: each.machine for each in candidates}
+    names = {find_line(each.machine_id, retired): each.machine for each in candidates}
     if len(names) > 1:
         machines = ", ".join(f"{name} ({short(identity)})" for identity, name in sorted(names.items()))
         one_name = len(set(names.values())) == 1
@@ -119,7 +129,8 @@ def select_snapshot(snapshots: Sequence[Snapshot], wanted: str, machine: str | N
             if one_name
             else "Add --machine NAME, or give a snapshot's id.",
         )
-    return candidates[-1]
+    behind = min(len(find_successors(each.machine_id, retired)) for each in candidates)
+    return [each for each in candidates if len(find_successors(each.machine_id, retired)) == behind][-1]
 
 
 def is_of_machine(wanted: str, name: str, machine_id: str) -> bool:
@@ -133,17 +144,19 @@ class Listing:
 
     snapshots: tuple[Snapshot, ...]
     problems: tuple[str, ...]
+    retired: Mapping[str, Retired]
 
 
 def list_snapshots(location: str, secret: Secret | None, machine: str | None = None) -> Listing:
     """Return the snapshots of the repository at `location`, of one machine if it is named."""
-    with opened_repository(location) as repository:
+    with opened_repository(location, read_only=True) as repository:
         return _read_records(repository, secret, machine)
 
 
 def find_snapshot(location: str, secret: Secret | None, wanted: str, machine: str | None = None) -> Snapshot:
     """Return one snapshot by an id's prefix or `latest`. Raises UsageError if none or several fit."""
-    return select_snapshot(list_snapshots(location, secret).snapshots, wanted, machine)
+    listing = list_snapshots(location, secret)
+    return select_snapshot(listing.snapshots, wanted, machine, listing.retired, listing.problems)
 
 
 def _read_records(repository: Repository, secret: Secret | None, machine: str | None) -> Listing:
@@ -157,4 +170,4 @@ def _read_records(repository: Repository, secret: Secret | None, machine: str | 
     snapshots.sort(key=lambda each: (each.time, each.sequence))
     problems = [problem for catalog in catalogs for problem in catalog.problems]
     problems += local_problems(repository, find_local_keys(repository))
-    return Listing(tuple(snapshots), tuple(dict.fromkeys(problems)))
+    return Listing(tuple(snapshots), tuple(dict.fromkeys(problems)), catalogs[0].retired)

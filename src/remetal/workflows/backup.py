@@ -4,35 +4,69 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec.structs
 
+from remetal.applications.hooks import Hooks
+from remetal.applications.settings import read_hooks
 from remetal.errors import RefusedError, UsageError
 from remetal.events import Note, Report, Step, Warn, silent
-from remetal.image.capture import capture_bytes, capture_volume
-from remetal.image.extents import Extent, probe_used_spanning
+from remetal.ids import short
+from remetal.image.live import Manner
+from remetal.image.snapshots import Policy
 from remetal.layout.disks import check_capturable, find_system_disks
 from remetal.layout.inventory import probe_inventory
 from remetal.layout.keys import Key
 from remetal.layout.layers import luks
-from remetal.layout.model import Captured, FileSystem, Layer, Layout, Luks, Raw, SpaceId
+from remetal.layout.model import Layer, Layout, Luks, SpaceId
 from remetal.layout.opened import span_of
 from remetal.layout.probe import Probed
 from remetal.layout.record import encode_layout
+from remetal.pace import Pace
+from remetal.repository.catalog import read_vouched
 from remetal.repository.machines import MachineKeys, check_machine_name, check_state
-from remetal.repository.repository import Repository, enroll_machine, list_keys, load_machine_keys, save_machine_keys
-from remetal.repository.session import Session, open_session
-from remetal.repository.snapshots import ImageRecord, Snapshot
-from remetal.system.blockdev import Span, is_block_device
-from remetal.units import format_bytes
-from remetal.workflows.access import machines_folder, opened_repository
+from remetal.repository.recipients import RecipientRecord
+from remetal.repository.repository import (
+    Repository,
+    enroll_machine,
+    list_keys,
+    load_machine_keys,
+    open_repository,
+    save_machine_keys,
+)
+from remetal.repository.session import open_session
+from remetal.repository.snapshots import Snapshot
+from remetal.system.blockdev import is_block_device
+from remetal.system.lvm_snapshots import remove_left_behind
+from remetal.system.priority import IoClass, set_priority
+from remetal.workflows.access import machines_folder
+from remetal.workflows.in_use import VolumesInUse
+from remetal.workflows.leftout import plan_leaving_out
 from remetal.workflows.passphrases import AskPassphrase, opened_disks
+from remetal.workflows.stores import opened_store
+from remetal.workflows.volumes import CapturedVolume, VolumeCapture
 
+FREEZE_LIMIT = 10.0
+"""Seconds for which mounted file systems may be held still, where nobody says otherwise."""
 MAX_TAG = 200
 """Characters that a tag may have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much of the machine a backup takes from others; None leaves it as it is.
+
+    `read` and `store` are bytes a second, of all disks together and of the repository; `nice` and `disk` are what
+    `remetal.system.priority` takes. While file systems are held still, nothing but `store` counts.
+    """
+
+    read: float | None = None
+    store: float | None = None
+    nice: int | None = None
+    disk: IoClass | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +81,17 @@ class BackupRequest:
     """What opens encrypted containers."""
     escrow: bool = False
     """Whether their volume keys are captured as well, so that the repository's recipients can open them."""
+    leave_out: tuple[Path, ...] = ()
+    """Files and folders, as the running system sees them, whose content is left out."""
+    keep_all: bool = False
+    """Whether nothing else is left out."""
+    freeze_limit: float = FREEZE_LIMIT
+    """For how many seconds at most the file systems that are mounted may be held still."""
+    hooks: Path | None = None
+    """The file that says which applications are told what goes on, and how."""
+    limits: Limits = Limits()
+    lvm_snapshots: Policy = "thin"
+    """Which of the logical volumes that are mounted are read from snapshots."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,38 +102,72 @@ class BackupResult:
     used: int
     stored: int
     seconds: float
+    pause: float | None = None
+    """For how many seconds file systems were held still, if any were."""
+    volumes: tuple[CapturedVolume, ...] = ()
 
 
 def back_up(request: BackupRequest, report: Report = silent, *, ask: AskPassphrase | None = None) -> BackupResult:
     """Capture disks into a new snapshot.
 
     `ask` is called for encrypted containers that no key in the request opens; without an answer they are captured as
-    they are. Nothing is listed in the repository until everything is durable there. Raises RefusedError if a disk is
-    mounted read-write, UnavailableError if the repository is locked, full or out of reach, RemetalError if a disk
-    cannot be read.
+    they are. File systems that are mounted read-write are captured as they are at one moment (`remetal.image.live`).
+    Nothing is listed in the repository until everything is durable there. Raises RefusedError if a disk is written to
+    by something that cannot be held still, UnavailableError if the repository is locked, full or out of reach, or more
+    is written than can be captured, RemetalError if a disk cannot be read, HookFailedError if an application without
+    which there is to be no backup was not ready.
     """
-    began = time.monotonic()
     _check_tags(request.tags)
+    set_priority(request.limits.nice, request.limits.disk)
+    machine = request.machine or socket.gethostname()
+    hooks = Hooks(read_hooks(request.hooks) if request.hooks else (), machine=machine, report=report)
+    with hooks.backup():
+        result = _back_up(request, machine, hooks, report, ask)
+        hooks.snapshot = result.snapshot.id
+    return result
+
+
+def _back_up(
+    request: BackupRequest, machine: str, hooks: Hooks, report: Report, ask: AskPassphrase | None
+) -> BackupResult:
+    began = time.monotonic()
     disks = request.disks or tuple(find_system_disks())
-    report(Step(f"Looking at {', '.join(map(str, disks))}"))
-    with opened_disks(disks, request.keys, ask, need_all=request.escrow, report=report) as (probed, keys):
-        _check_whole(probed)
-        check_capturable(probed.layout, probed.devices)
-        layout, volume_keys = _with_escrow(probed, keys) if request.escrow else (probed.layout, {})
-        if any(is_block_device(path) for path in disks):
-            layout = _with_inventory(layout)
-        with opened_repository(request.repository) as repository:
-            own = _own_keys(repository, request.machine or socket.gethostname(), report)
-            with open_session(repository, own, report=report) as session:
-                images = _Capture(session, layout, probed.devices, volume_keys, report).run()
+    # The repository comes first: where it has to be mounted, its disk is then seen to be in use.
+    with opened_store(request.repository, rate=request.limits.store) as opened:
+        repository = open_repository(opened.store)
+        report(Step(f"Looking at {', '.join(map(str, disks))}"))
+        remove_left_behind(report)
+        with opened_disks(disks, request.keys, ask, need_all=request.escrow, report=report) as (probed, keys):
+            _check_whole(probed)
+            live = VolumesInUse(probed)
+            check_capturable(probed.layout, probed.devices, live.will_hold)
+            live.need_elsewhere(opened)
+            leaving = plan_leaving_out(probed, request.leave_out, keep_all=request.keep_all, report=report)
+            layout, volume_keys = _with_escrow(probed, keys) if request.escrow else (probed.layout, {})
+            if any(is_block_device(path) for path in disks):
+                layout = _with_inventory(layout)
+            own = _own_keys(repository, machine, report)
+            with live.spooling() as waits, open_session(repository, own, report=report) as session:
+                pace = Pace(request.limits.read) if request.limits.read is not None else None
+                manner = Manner(request.freeze_limit, hooks, pace, spools_wait=waits)
+                capture = VolumeCapture(
+                    session, layout, probed.devices, volume_keys, live.folders, leaving, manner, report
+                )
+                images, pause = capture.run(request.lvm_snapshots)
+                leaving.tell(report)
                 snapshot = session.commit(
-                    layout=encode_layout(layout), hostname=socket.gethostname(), tags=request.tags
+                    layout=encode_layout(layout),
+                    hostname=socket.gethostname(),
+                    tags=request.tags,
+                    left_out=leaving.records(),
                 )
     return BackupResult(
         snapshot=snapshot,
         used=sum(image.used for image in images),
         stored=session.statistics.stored_bytes,
         seconds=time.monotonic() - began,
+        pause=pause.seconds if pause is not None else None,
+        volumes=capture.volumes(images),
     )
 
 
@@ -114,66 +193,6 @@ def _with_escrow(probed: Probed, keys: Sequence[Key]) -> tuple[Layout, dict[Spac
     return msgspec.structs.replace(probed.layout, layers=tuple(layers)), found
 
 
-class _Capture:
-    """Captures one volume after the other."""
-
-    def __init__(
-        self,
-        session: Session,
-        layout: Layout,
-        devices: Mapping[SpaceId, Path],
-        volume_keys: Mapping[SpaceId, bytes],
-        report: Report,
-    ) -> None:
-        self.session = session
-        self.layout = layout
-        self.devices = devices
-        self.volume_keys = volume_keys
-        self.report = report
-        self.before = {image.volume: image for image in session.previous.images} if session.previous else {}
-        self.spanning = self._probe_spanning()
-
-    def run(self) -> Sequence[ImageRecord]:
-        """Capture everything that has an image."""
-        return [self._capture(each) for each in self.layout.captured()]
-
-    def _probe_spanning(self) -> dict[SpaceId, list[Extent]]:
-        """Return the used extents of file systems that span several spaces, by space."""
-        found: dict[SpaceId, list[Extent]] = {}
-        for volume in self.layout.volumes():
-            if isinstance(volume, FileSystem) and volume.parts:
-                spans = {part.number: self._span(part.space) for part in volume.parts}
-                used = probe_used_spanning(spans, report=self.report)
-                found |= {part.space: used[part.number] for part in volume.parts}
-        return found
-
-    def _span(self, space: SpaceId) -> Span:
-        return span_of(space, self.layout, self.devices)
-
-    def _capture(self, captured: Captured) -> ImageRecord:
-        volume = captured.volume
-        if volume in self.volume_keys:
-            self.report(Step(f"Putting the volume key {volume} into escrow"))
-            return capture_bytes(self.session, self.volume_keys[volume], volume=volume)
-        span = self._span(volume)
-        self.report(Step(f"Capturing {volume} ({self._content(captured)}, {format_bytes(span.size)})"))
-        previous = self.before.get(volume)
-        return capture_volume(
-            self.session,
-            span,
-            volume=volume,
-            kind=captured.type,
-            extents=self.spanning.get(volume),
-            previous=previous if previous is not None and previous.size == span.size else None,
-            report=self.report,
-        )
-
-    def _content(self, captured: Captured) -> str:
-        layer = self.layout.layer_on(captured.volume)
-        kind = layer.type if isinstance(layer, Raw) else captured.type
-        return kind or ("unknown content" if layer else "LUKS header")
-
-
 def _check_tags(tags: tuple[str, ...]) -> None:
     for tag in tags:
         if not tag.strip() or not tag.isprintable() or len(tag) > MAX_TAG:
@@ -185,9 +204,18 @@ def _own_keys(repository: Repository, name: str, report: Report) -> MachineKeys:
     check_machine_name(name)
     folder = machines_folder() / name
     keys = load_machine_keys(folder, repository)
+    pinned: tuple[RecipientRecord, ...] = ()
+    if keys is not None and keys.machine_id in read_vouched(repository).retired:
+        report(
+            Warn(
+                f"the keys of machine '{name}' ({short(keys.machine_id)}) were retired, so it gets new ones",
+                hint="Let the new machine follow the retired one: remetal key retire-machine OLD --successor NEW",
+            )
+        )
+        pinned, keys = keys.stored.recipients, None
     if keys is None:
         check_state(folder)
-        if any(each.kind == "machine" and each.name == name for each in list_keys(repository)):
+        if not pinned and any(each.kind == "machine" and each.name == name for each in list_keys(repository)):
             report(
                 Warn(
                     f"the repository has a machine '{name}', whose keys are not in {folder}: this is a new one",
@@ -195,10 +223,10 @@ def _own_keys(repository: Repository, name: str, report: Report) -> MachineKeys:
                     "if it is another computer, give this one its own name with --machine.",
                 )
             )
-        keys = enroll_machine(repository, name)
+        keys = enroll_machine(repository, name, pinned=pinned)
         save_machine_keys(folder, keys)
         sealed = ", ".join(each.id for each in keys.stored.recipients)
-        report(Note(f"enrolled machine '{name}'; its backups are sealed to recipient {sealed}"))
+        report(Note(f"enrolled machine '{name}' as {keys.machine_id}; its backups are sealed to recipient {sealed}"))
     return keys
 
 

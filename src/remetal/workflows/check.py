@@ -12,13 +12,18 @@ from remetal.workflows.access import Secret, find_local_keys, local_problems, op
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """What was looked at, how deeply, and a sentence for each thing that is wrong."""
+    """What was looked at, how deeply, and a sentence for each thing that is wrong.
+
+    `repairable` packs are damaged or missing, and parity can rebuild them; `unprotected` ones have no parity.
+    """
 
     depth: str
     objects: int
     bytes: int
     snapshots: int
     chunks_read: int
+    repairable: int
+    unprotected: int
     problems: tuple[str, ...]
     seconds: float
 
@@ -29,7 +34,7 @@ def check_all(location: str, secret: Secret | None, *, read_data: bool, report: 
     Raises RefusedError if the secret is wrong, UnavailableError if the repository cannot be read.
     """
     began = time.monotonic()
-    with opened_repository(location) as repository:
+    with opened_repository(location, read_only=True) as repository:
         machines = find_local_keys(repository)
         remembered = local_problems(repository, machines)
         if secret is not None:
@@ -46,6 +51,8 @@ def check_all(location: str, secret: Secret | None, *, read_data: bool, report: 
         bytes=results[0].bytes,
         snapshots=sum(each.snapshots for each in results),
         chunks_read=sum(each.chunks_read for each in results),
+        repairable=results[0].repairable,
+        unprotected=results[0].unprotected,
         problems=tuple(dict.fromkeys([*(problem for each in results for problem in each.problems), *remembered])),
         seconds=time.monotonic() - began,
     )

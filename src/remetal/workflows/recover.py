@@ -7,6 +7,7 @@ the plan.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from remetal.media.answer import (
     MAX_SIZE,
     Answer,
     CommandLine,
+    is_address,
     merge_answer,
     named_places,
     pairs_of,
@@ -200,6 +202,8 @@ def recover(
     volumes = _await_volumes(named_places(answer))
     with opened_places(volumes, recovery.found.volume) as places:
         recovery.log_volume, recovery.log_folder = _choose_log(recovery.found, places, volumes)
+        if answer.settings_file is not None:
+            os.environ.update(parse_settings(_read_text(places, answer.settings_file), answer.settings_file))
         request = _make_request(answer, places)
         with prepared_restore(request, _read_secret(answer, places), report, ask=ask) as prepared:
             recovery.plan = msgspec.json.format(msgspec.json.encode(prepared.plan), indent=2)
@@ -216,7 +220,7 @@ def _make_request(answer: Answer, places: Places) -> RestoreRequest:
     disks = probe_disks()
     pairs = [(source, select_disk(target, disks)) for source, target in pairs_of(answer.map)]
     return RestoreRequest(
-        repository=str(places.path(answer.repository)),
+        repository=answer.repository if is_address(answer.repository) else str(places.path(answer.repository)),
         snapshot=answer.snapshot,
         machine=answer.machine,
         mapping=tuple(f"{source}={target}" if source else str(target) for source, target in pairs),
@@ -268,17 +272,42 @@ def _read_secret(answer: Answer, places: Places) -> Secret:
         return Secret(passphrase=answer.passphrase)
     name = answer.passphrase_file or answer.kit_file
     assert name is not None
-    path = places.path(name)
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RefusedError(f"'{name}' cannot be read as a text file: {error}") from error
+    text = _read_text(places, name)
     if answer.kit_file is not None:
         return Secret(kit=text)
     passphrase = text.partition("\n")[0].removesuffix("\r")
     if not passphrase:
         raise RefusedError(f"the first line of '{name}' is empty; it should be the passphrase")
     return Secret(passphrase=passphrase)
+
+
+def _read_text(places: Places, name: str) -> str:
+    try:
+        return places.path(name).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RefusedError(f"'{name}' cannot be read as a text file: {error}") from error
+
+
+_SETTING = re.compile(r"(?:REMETAL|AWS)_[A-Z0-9_]+")
+
+
+def parse_settings(text: str, origin: str) -> dict[str, str]:
+    """Return the variables that a file of `NAME=VALUE` lines sets: how this machine gets at a repository.
+
+    Raises RefusedError, without showing a value, for a line that sets anything else.
+    """
+    found = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        name, equals, value = line.strip().partition("=")
+        if not equals or not _SETTING.fullmatch(name):
+            raise RefusedError(
+                f"line {number} of '{origin}' is not understood",
+                hint="Each line is NAME=VALUE; the names begin with REMETAL_ or AWS_, and no value is quoted.",
+            )
+        found[name] = value
+    return found
 
 
 def _choose_log(found: Found, places: Places, volumes: Sequence[AttachedVolume]) -> tuple[AttachedVolume | None, str]:
@@ -288,7 +317,8 @@ def _choose_log(found: Found, places: Places, volumes: Sequence[AttachedVolume])
     if found.volume is not None:
         return found.volume, ""
     labelled = next((each for each in volumes if each.label.upper() == ANSWER_LABEL), None)
-    return places.find_volume(found.answer.repository) or labelled, ""
+    repository = None if is_address(found.answer.repository) else places.find_volume(found.answer.repository)
+    return repository or labelled, ""
 
 
 def plan_mark(snapshot: str, targets: Mapping[str, Path]) -> str:

@@ -18,7 +18,7 @@ import msgspec.structs
 
 from remetal.adapt import Adaptation, adapt_system
 from remetal.errors import RefusedError, RemetalError, UnfinishedError, UsageError
-from remetal.events import Note, Report, Step, silent
+from remetal.events import Note, Report, Step, Warn, silent
 from remetal.image.copy import restore_files
 from remetal.image.restore import Written, read_image, restore_image, verify_image
 from remetal.image.shrink import Shrinking, restore_shrunk
@@ -39,20 +39,25 @@ from remetal.layout.targets import probe_target
 from remetal.layout.uses import describe_use, is_same_disk
 from remetal.repository.reader import Reader, open_reader
 from remetal.repository.recipients import RecipientKey
-from remetal.repository.repository import Repository
+from remetal.repository.repository import Repository, open_repository
 from remetal.repository.snapshots import ImageRecord, Snapshot
-from remetal.storage import find_folder
 from remetal.system.blockdev import Span, is_block_device
 from remetal.system.loop import need_loops
 from remetal.system.mounts import find_mount_of
 from remetal.workflows.access import (
     Secret,
+    find_local_keys,
+    local_problems,
     open_records,
-    opened_repository,
     select_snapshot,
     unlock,
 )
+from remetal.workflows.leftout import with_left_out
 from remetal.workflows.passphrases import AskPassphrase, ask_for_key
+from remetal.workflows.stores import opened_store
+
+_TOLD = 5
+"""Of so many problems with the history everybody is told who restores from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +137,22 @@ def prepared_restore(
     request opens. Raises RefusedError if the restore is impossible or
     unsafe, UsageError if the request names what does not exist, DamagedError if the repository lacks data.
     """
-    with opened_repository(request.repository) as repository:
+    with opened_store(request.repository, read_only=True) as opened:
+        repository = open_repository(opened.store)
         key = unlock(repository, secret) if secret is not None else None
-        snapshots = [each for catalog in open_records(repository, key) for each in catalog.snapshots()]
-        snapshot = select_snapshot(snapshots, request.snapshot, request.machine)
+        catalogs = open_records(repository, key)
+        snapshots = [each for catalog in catalogs for each in catalog.snapshots()]
+        problems = [problem for catalog in catalogs for problem in catalog.problems]
+        if not snapshots:
+            problems += local_problems(repository, find_local_keys(repository))
+        snapshot = select_snapshot(snapshots, request.snapshot, request.machine, catalogs[0].retired, problems)
+        for problem in problems[:_TOLD]:
+            report(Warn(problem, "Run `remetal check` to see all that is wrong."))
         whole = decode_layout(snapshot.layout)
         disks = {disk.name for disk in whole.disks}
         layout = _limited(whole, request.only)
         mapping = parse_mapping(request.mapping, layout)
-        targets = _find_targets(layout, mapping, request, report)
+        targets = _find_targets(layout, mapping, request, opened.folder, report)
         images = {
             image.volume: ImageFacts(size=image.size, used=image.used, digest=image.digest) for image in snapshot.images
         }
@@ -160,13 +172,14 @@ def prepared_restore(
             ),
             overwrite=[str(Path(path).resolve()) for path in request.overwrite],
         )
+        plan = with_left_out(plan, snapshot)
         if request.onto is None:
             need_step_programs(plan.steps)
             need_no_twins(plan.steps, [Path(target.path) for target in targets.values()])
         keys: tuple[Key, ...] = ()
         if key is not None:
             wanted = {each.image for step in plan.steps for each in images_in(step)}
-            reader = open_reader(repository, key, snapshot)
+            reader = open_reader(repository, key, snapshot, report=report)
             reader.verify_present([image for image in snapshot.images if image.volume in wanted])
             keys = _find_keys(plan, snapshot, reader, request.keys, ask)
         yield Prepared(
@@ -275,16 +288,19 @@ def _limited(layout: Layout, only: tuple[str, ...]) -> Layout:
 
 
 def _find_targets(
-    layout: Layout, mapping: dict[str, Path], request: RestoreRequest, report: Report
+    layout: Layout, mapping: dict[str, Path], request: RestoreRequest, folder: Path | None, report: Report
 ) -> dict[str, Target]:
-    """Return a target for every source disk: those that the user mapped, the others by what they are."""
+    """Return a target for every source disk: those that the user mapped, the others by what they are.
+
+    `folder` is where the repository lies, if that is on this machine.
+    """
     own = request.onto is None
     recorded = () if request.onto is None else targets_of_machine(read_machine(Path(request.onto)))
 
     def look_at(path: Path, size: int) -> Target:
         if not own:
             return select_target(recorded, str(path))
-        return _with_roles(probe_target(path, size_if_missing=size), request)
+        return _with_roles(probe_target(path, size_if_missing=size), request, folder)
 
     targets = {name: look_at(path, layout.disk(name).size) for name, path in mapping.items()}
     for (one, first), (other, second) in combinations(targets.items(), 2):
@@ -303,11 +319,10 @@ def _find_targets(
     return targets
 
 
-def _with_roles(target: Target, request: RestoreRequest) -> Target:
+def _with_roles(target: Target, request: RestoreRequest, place: Path | None) -> Target:
     """Mark a target that holds the repository, or that its user protects, so that the plan refuses it."""
     if any(is_same_disk(Path(target.path), Path(path)) for path in request.protect):
         target = msgspec.structs.replace(target, roles=(*target.roles, IS_PROTECTED))
-    place = find_folder(request.repository)
     if place is None:
         return target
     path = Path(target.path).resolve()
@@ -356,7 +371,7 @@ def _find_keys(
 
 
 def _write(prepared: Prepared, key: RecipientKey, site: Site, result: RestoreReport, report: Report) -> None:
-    reader = open_reader(prepared.repository, key, prepared.snapshot)
+    reader = open_reader(prepared.repository, key, prepared.snapshot, report=report)
     images = {image.volume: image for image in prepared.snapshot.images}
     for step in prepared.plan.steps:
         if isinstance(step, (WriteImage, CopyFiles)):
@@ -398,7 +413,7 @@ def _bring_shrunk(
 
 
 def _verify(prepared: Prepared, key: RecipientKey, site: Site, report: Report) -> None:
-    reader = open_reader(prepared.repository, key, prepared.snapshot)
+    reader = open_reader(prepared.repository, key, prepared.snapshot, report=report)
     images = {image.volume: image for image in prepared.snapshot.images}
     grown = {space for each in prepared.plan.grown for space in _spaces_of_volume(prepared.plan.result, each)}
     for step in prepared.plan.steps:

@@ -14,6 +14,7 @@ from remetal.repository.catalog import Catalog, open_catalog
 from remetal.repository.forget import forget_snapshots
 from remetal.repository.prune import PruneResult, prune_machine
 from remetal.repository.retention import Policy, check_policy, choose_kept
+from remetal.repository.retired import find_line, find_successors
 from remetal.repository.snapshots import Snapshot
 from remetal.workflows.access import Secret, is_of_machine, opened_repository, select_snapshot, unlock
 
@@ -69,12 +70,12 @@ def forget_by_policy(
         key = unlock(repository, secret)
         catalog = open_catalog(repository, key)
         decided: list[Decided] = []
-        for machine_id in find_machines(catalog, machine):
-            mine = [each for each in catalog.snapshots() if each.machine_id == machine_id]
-            own = _policy_of(policies, machine_id, catalog.machines[machine_id].machine.name)
-            reasons: Mapping[str, tuple[str, ...]] = (
-                choose_kept(mine, own) if own is not None else {each.id: ("no policy",) for each in mine}
-            )
+        for line in dict.fromkeys(find_line(each, catalog.retired) for each in find_machines(catalog, machine)):
+            mine = [each for each in catalog.snapshots() if find_line(each.machine_id, catalog.retired) == line]
+            own = _policy_of(policies, line, catalog.machines[line].machine.name) if line in catalog.machines else None
+            reasons: Mapping[str, tuple[str, ...]] = {each.id: ("no policy",) for each in mine}
+            if own is not None:
+                reasons = choose_kept(mine, own, catalog.retired)
             decided += [Decided(each, reasons.get(each.id, ())) for each in mine]
         going = [each.snapshot.id for each in decided if not each.reasons]
         if going and not dry_run:
@@ -98,9 +99,11 @@ def forget_named(
     """
     with opened_repository(location, urgent=True) as repository:
         key = unlock(repository, secret)
-        snapshots = open_catalog(repository, key).snapshots()
-        chosen = {each.id: each for each in (select_snapshot(snapshots, name, machine) for name in names)}
-        newest = {each.machine_id: each for each in sorted(snapshots, key=lambda each: each.sequence)}
+        catalog = open_catalog(repository, key)
+        snapshots, retired = catalog.snapshots(), catalog.retired
+        chosen = {each.id: each for each in (select_snapshot(snapshots, name, machine, retired) for name in names)}
+        made = sorted(snapshots, key=lambda each: (-len(find_successors(each.machine_id, retired)), each.sequence))
+        newest = {find_line(each.machine_id, retired): each for each in made}
         for each in newest.values():
             if each.id in chosen and not even_newest:
                 raise RefusedError(

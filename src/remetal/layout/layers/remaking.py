@@ -60,6 +60,8 @@ def least_size(data: int, overhead: Callable[[int], int], step: int) -> int:
         needed = align_up(data + overhead(size), step)
         if needed <= size:
             return size
+        if needed >= NEVER:
+            break
         size = needed
     return NEVER
 

@@ -1,0 +1,76 @@
+"""Backups that are killed while they hold a file system still: how long it takes until somebody can write again."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab.disk import fresh_disk
+from lab.live.program import Program
+from remetal.system.mounts import mounted
+from remetal.system.run import find_program
+from remetal.units import MIB
+
+KILLS = 20
+LIMIT = 5.0
+"""Seconds for which the backups may hold the file system."""
+_SIZE = 64 * MIB
+_WRITE = "import os, sys; file = open(sys.argv[1], 'wb'); file.write(b'x'); file.flush(); os.fsync(file.fileno())"
+
+
+@dataclass(frozen=True, slots=True)
+class Kills:
+    """How many backups were killed, and the longest that a writer then waited, in seconds."""
+
+    count: int
+    longest: float
+
+
+def kill_while_held(work: Path, seed: int) -> Kills:
+    """Kill backups of a file system in use at random moments while they hold it, and write to it each time.
+
+    Raises AssertionError if one that was killed is listed, TimeoutExpired if somebody waited for longer than LIMIT.
+    """
+    dice = random.Random(seed)
+    longest = 0.0
+    program = Program(work, _make_slow(work))
+    with fresh_disk(work / "disk.img", _SIZE) as device, mounted(device) as folder:
+        for number in range(KILLS):
+            longest = max(longest, _kill_one(program, work, device, folder, dice.uniform(0, LIMIT / 2)))
+            assert json.loads(program.run("snapshots", "--json")) == [], (
+                f"the backup that was killed as number {number}"
+            )
+        program.environment["PATH"] = os.environ["PATH"]
+        program.run("backup", "--disk", device, "--quiet")
+    return Kills(KILLS, longest)
+
+
+def _kill_one(program: Program, work: Path, device: Path, folder: Path, after: float) -> float:
+    """Kill a backup some seconds after it has begun to hold, and return for how long a writer waits after that."""
+    begun = work / "begun"
+    begun.unlink(missing_ok=True)
+    with program.start("backup", "--disk", device, "--freeze-limit", str(LIMIT)) as process:
+        while not begun.exists():
+            assert process.poll() is None, "the backup ended before it held anything"
+            time.sleep(0.01)
+        time.sleep(after)
+        process.kill()
+        killed = time.monotonic()
+        subprocess.run([sys.executable, "-c", _WRITE, folder / "after"], check=True, timeout=LIMIT + 1)
+    return time.monotonic() - killed
+
+
+def _make_slow(work: Path) -> Path:
+    """Return a folder with a dumpe2fs that takes longer than the limit, and tells when it was started."""
+    tools = work / "tools"
+    tools.mkdir()
+    slow = tools / "dumpe2fs"
+    slow.write_text(f'#!/bin/sh\n: > {work}/begun\nsleep {2 * LIMIT}\nexec {find_program("dumpe2fs")} "$@"\n')
+    slow.chmod(0o755)
+    return tools

@@ -1,0 +1,182 @@
+"""One case from the beginning to the end: a database at work, its machine backed up, lost, restored, and booted."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lab.live.cases import KEY, TABLE, LiveCase, plan_database, plan_storage
+from lab.live.clients import find_shell, look_for_damage, make_tables, making_noise, read_ledger
+from lab.live.guest import Guest, find_ports, make_disk, make_tools, plan_tools, started_guest
+from lab.live.ledger import Client, check, committing
+from lab.recovery import FAILED, PASSPHRASE, RECOVERED
+from remetal.events import Report, Step
+from remetal.system.blockdev import Span
+from remetal.system.loop import attach_loop
+from remetal.system.mounts import mounted
+from remetal.system.run import run
+from remetal.units import GIB, MIB
+from remetal.vm.machine import Drive, Machine
+from remetal.vm.qemu import start_machine
+
+CLIENTS = 3
+FREEZE_LIMIT = 60
+"""Seconds for which an emulated machine may be held."""
+_DATA, _VAULT = 2560 * MIB, 3 * GIB
+_SAMPLE = 20.0
+"""Seconds in which transactions are counted before the backup."""
+
+_ANSWER = f"""repository = "backup"
+passphrase = "{PASSPHRASE}"
+map = {{ vda = "serial:NEW-1", vdb = "serial:NEW-2" }}
+luks-key-file = "lab.key"
+end = "poweroff"
+pause = 1
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What came of a case. Times in seconds, sizes in bytes, `before` and `during` in transactions a second.
+
+    `least` transactions had been acknowledged when the last backup began, `most` were sent before it ended, and
+    `found` are those that came back: of all clients together. `waited` is the longest that one of them waited.
+    """
+
+    case: str
+    pause: float
+    seconds: float
+    used: int
+    stored: int
+    before: float
+    during: float
+    waited: float
+    least: int
+    found: int
+    most: int
+    checked_by: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Backup:
+    """What was told of the two backups, what each client had acknowledged and sent around the second, and the rates."""
+
+    first: dict[str, Any]
+    second: dict[str, Any]
+    acknowledged: tuple[int, ...]
+    sent: tuple[int, ...]
+    before: float
+    during: float
+    waited: float
+
+
+def run_case(case: LiveCase, work: Path, medium: Path, report: Report) -> Seen:
+    """Play a case in a new folder. Raises RemetalError, CalledProcessError or AssertionError where it goes wrong."""
+    work.mkdir(parents=True)
+    disk, data, vault, tools, key = (work / name for name in ("disk.img", "data.img", "vault.img", "tools.img", "key"))
+    make_disk(case, disk, key, report)
+    _make_empty(data, _DATA)
+    run(["sfdisk", "--quiet", data], input=TABLE.encode())
+    _make_vault(vault)
+    make_tools(tools)
+    drives = (
+        Drive(disk, serial="OLD-1", durable=False),
+        Drive(data, serial="OLD-2", durable=False),
+        Drive(vault, serial="VAULT", durable=False),
+        Drive(tools, serial="TOOLS", read_only=True),
+    )
+    ports = find_ports()
+    with started_guest(case, drives, work / "vm", key, ports, report) as guest:
+        backup = _back_up(case, guest, report)
+        guest.running.quit()  # the machine is lost
+    for path in (disk, data):
+        _make_empty(path, path.stat().st_size)
+    new = (Drive(disk, serial="NEW-1", durable=False), Drive(data, serial="NEW-2", durable=False))
+    _recover(new, vault, medium, work / "vm", report)
+    with started_guest(case, new, work / "vm", key, ports, report) as guest:
+        report(Step("Holding what came back against what was acknowledged"))
+        found = check(read_ledger(find_shell(case, guest.database_port)))
+        checked_by = look_for_damage(case, guest.database_port)
+        state = guest.call("systemctl is-system-running --wait || systemctl --failed").strip()
+        guest.running.powerdown()
+        guest.running.wait_for_shutdown(180)
+    assert state == "running", f"the restored machine is {state}"
+    for client in range(CLIENTS):
+        least, most = backup.acknowledged[client], backup.sent[client]
+        assert least <= found[client] <= most, f"client {client}: {found[client]} is not within {least} and {most}"
+    return Seen(
+        case=case.name,
+        pause=backup.second["pause"],
+        seconds=backup.first["seconds"],
+        used=backup.first["used"],
+        stored=backup.first["stored"],
+        before=backup.before,
+        during=backup.during,
+        waited=backup.waited,
+        least=sum(backup.acknowledged),
+        found=sum(found.values()),
+        most=sum(backup.sent),
+        checked_by=checked_by,
+    )
+
+
+def _back_up(case: LiveCase, guest: Guest, report: Report) -> _Backup:
+    """Set the machine to work, and back it up twice, all of it; one that is emulated is held for longer than others."""
+    report(Step("Making its storage, and the database"))
+    for script in (plan_tools("/dev/vdd"), plan_storage(case), plan_database(case)):
+        guest.call("bash -s", text=script)
+    remetal = "REMETAL_REPO=/vault/backup remetal"
+    backup = f"{remetal} backup --json --freeze-limit {FREEZE_LIMIT}"
+    guest.call("mkdir /vault && mount /dev/vdc /vault")
+    guest.call("umask 077; cat > /run/phrase", text=PASSPHRASE + "\n")
+    guest.call(f"{remetal} init --passphrase-file /run/phrase")
+    shell = find_shell(case, guest.database_port)
+    make_tables(case, shell, CLIENTS)
+    with making_noise(case, shell), committing(shell, CLIENTS) as clients:
+        time.sleep(_SAMPLE)
+        before = _rate(clients, lambda: time.sleep(_SAMPLE))
+        report(Step(f"Backing it up while it does {before:.1f} transactions a second"))
+        told: list[str] = []
+        during = _rate(clients, lambda: told.append(guest.call(backup)))
+        acknowledged = tuple(each.acknowledged for each in clients)
+        report(Step(f"Backing it up again; meanwhile there were {during:.1f} transactions a second"))
+        told.append(guest.call(backup))
+        sent, waited = tuple(each.sent for each in clients), max(each.waited for each in clients)
+        first, second = map(json.loads, told)
+    return _Backup(first, second, acknowledged, sent, before, during, waited)
+
+
+def _rate(clients: list[Client], work: Callable[[], object]) -> float:
+    """Do some work, and return how many transactions a second were acknowledged meanwhile."""
+    count, began = sum(each.acknowledged for each in clients), time.monotonic()
+    work()
+    return (sum(each.acknowledged for each in clients) - count) / (time.monotonic() - began)
+
+
+def _make_empty(path: Path, size: int) -> None:
+    with path.open("wb") as file:
+        file.truncate(size)
+
+
+def _make_vault(path: Path) -> None:
+    """Make the disk that the repository will lie on, with all that an unattended recovery is told."""
+    _make_empty(path, _VAULT)
+    with attach_loop(Span(path, 0, _VAULT), writable=True) as device:
+        run(["mkfs.ext4", "-q", "-L", "BACKUP", device])
+        with mounted(device) as folder:
+            (folder / "remetal-answer.toml").write_text(_ANSWER)
+            (folder / "lab.key").write_text(KEY)
+
+
+def _recover(new: tuple[Drive, ...], vault: Path, medium: Path, folder: Path, report: Report) -> None:
+    """Let the recovery medium restore the machine onto blank disks by itself."""
+    report(Step("Recovering the machine onto blank disks"))
+    drives = (*new, Drive(vault, bus="usb", serial="VAULT", durable=False))
+    machine = Machine(memory=2 * GIB, drives=drives, cdrom=medium, boot="cdrom")
+    with start_machine(machine, folder) as running:
+        running.wait_for(RECOVERED, 3600, unless=FAILED)
+        running.wait_for_shutdown(180)

@@ -1,0 +1,320 @@
+"""One consistent image of volumes whose file systems are in use: read while they are, then held still for the rest.
+
+The file systems are frozen together, for a look at what is in use. Then all of that is read and stored while writes are
+tracked; what was written meanwhile is read again, in rounds that take less each time, the last one into memory. They
+are frozen once more, the blocks that were written since are read into memory, too, and they are let go before any of it
+is stored. Nothing is written anywhere while they are frozen, since whatever lies on them would wait.
+
+Applications are made ready right before the freeze that counts, and what they write then is read before it.
+
+Where nobody can tell what was written, or it is too much for the memory, they are held still for as long as it takes to
+read all that is in use once more; most of it is stored by then, so nearly nothing has to be compressed meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from remetal.applications.hooks import Hooks
+from remetal.errors import RemetalError, UnavailableError
+from remetal.events import Note, Report, Step, Warn, silent
+from remetal.image.ahead import BLOCK, Ahead
+from remetal.image.capture import read_batches
+from remetal.image.ranges import Extent, Extents
+from remetal.pace import Pace
+from remetal.repository.session import Session
+from remetal.repository.snapshots import ImageRecord
+from remetal.system.blockdev import Span, flush_cache
+from remetal.system.freeze import held_still, sync_folders
+from remetal.system.priority import normal_priority
+from remetal.system.tracing import WriteTracker, can_track, tracked
+from remetal.units import MIB, format_bytes
+
+FROZEN_KINDS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs"})
+"""File systems, by blkid's names, whose map of used blocks can be read while they are frozen."""
+
+READ_ONLY_KINDS = frozenset({"vfat"})
+"""File systems that cannot be frozen, and are made read-only for the moment: all of what is in use is read in it."""
+
+SMALL = 1024 * MIB
+"""How large a volume of such a kind may be."""
+
+_KINDS = FROZEN_KINDS | READ_ONLY_KINDS
+_FEW = 32 * MIB
+"""So little is read at once before the file systems are held still, without another round."""
+_MOST = 1024 * MIB
+"""At most so much is held in memory of what is read."""
+_ROUNDS = 10
+_SHRINKING = 0.7
+"""A round that leaves more than this part of what the one before left is the last: writing is as fast as reading."""
+
+
+@dataclass(frozen=True, slots=True)
+class LiveVolume:
+    """A volume with a file system that is mounted at `folder`; `kind` is blkid's name for it.
+
+    `look` returns what is used of it once all volumes are held still and no device has a cache; see `probe_used`.
+    """
+
+    volume: str
+    span: Span
+    kind: str
+    folder: Path
+    look: Callable[[], Extents]
+    previous: ImageRecord | None = None
+    whole: bool = True
+    """Whether all that is in use is captured; else `look` leaves something out, which has to be told at the moment."""
+
+
+class Moment:
+    """What else has to be done at the moment that is captured: nothing."""
+
+    places: Sequence[Path] = ()
+    """Where further file systems are mounted that are captured."""
+    folders: Sequence[Path] = ()
+    """Those of them that have to be frozen for it."""
+
+    def prepare(self) -> None:
+        """Do what makes it short."""
+
+    def take(self) -> None:
+        """Do it, while everything is held still. It is the last thing that is done, and so is done once only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How volumes in use are captured.
+
+    They are held still for at most `limit` seconds, of which `hooks` are told, and read at `pace` at most until then;
+    `moment` is taken meanwhile. `spools_wait` tells that the session's temporary files lie on one of them, so that
+    nothing can be stored until they are let go.
+    """
+
+    limit: float
+    hooks: Hooks = field(default_factory=Hooks)
+    pace: Pace | None = None
+    spools_wait: bool = False
+    moment: Moment = field(default_factory=Moment)
+
+
+@contextmanager
+def all_held(manner: Manner, frozen: Sequence[Path], read_only: Sequence[Path] = ()) -> Iterator[float]:
+    """Hold the file systems at these folders and at the moment's, tell that they are, and take the moment at the end.
+
+    Yields when that began, by time.monotonic(). Raises what `held_still` does, and HookFailedError.
+    """
+    manner.moment.prepare()
+    every = [*frozen, *manner.moment.folders]
+    with normal_priority(), held_still(every, limit=manner.limit, read_only=read_only) as began:
+        manner.hooks.frozen()
+        yield began
+        manner.moment.take()
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """How long the file systems were held for what was written meanwhile, in seconds, and how many bytes were read.
+
+    `tracked` is whether only these had to be read, because it was known what was written.
+    """
+
+    seconds: float
+    bytes: int
+    tracked: bool
+
+
+class _Reading(Ahead):
+    """What was read of a live volume."""
+
+    def __init__(self, volume: LiveVolume, chunk_size: int) -> None:
+        super().__init__(volume.span, chunk_size)
+        self.volume = volume
+
+
+class _CannotFollowError(RemetalError):
+    """What was written meanwhile is not known, or more than can be held in memory."""
+
+
+def capture_live(
+    session: Session, volumes: Sequence[LiveVolume], manner: Manner, report: Report = silent
+) -> tuple[list[ImageRecord], Pause]:
+    """Capture volumes whose file systems are mounted as they all are at one moment; return images and the pause.
+
+    Raises RefusedError if a file system cannot be held; UnavailableError if it would take longer than it may;
+    HookFailedError; and what the session raises. Nothing stays held, whatever happens.
+    """
+    capture = _Capture(session, {each.volume: _Reading(each, session.chunk_size) for each in volumes}, manner, report)
+    try:
+        maps, pause = capture.tracked()
+    except _CannotFollowError as error:
+        if manner.spools_wait:
+            raise UnavailableError(
+                f"{error.message}, and temporary files lie on what would have to be held still",
+                hint="Set TMPDIR to a folder elsewhere, or in memory, and run it again; or back up when less is "
+                "written.",
+            ) from error
+        report(Warn(f"{error.message}: the file systems are held still until all that is in use is read again"))
+        maps, pause = capture.held()
+    images = []
+    for name, each in capture.read.items():
+        volume = each.volume
+        images.append(session.write_image(name, volume.span.size, each.image(maps[name]), previous=volume.previous))
+    return images, pause
+
+
+class _Capture:
+    """The volumes of one backup, and what was read of them. The maps that are returned are of what is in use."""
+
+    def __init__(self, session: Session, read: Mapping[str, _Reading], manner: Manner, report: Report) -> None:
+        self.read = read
+        self._session = session
+        self._manner = manner
+        self._report = report
+
+    def tracked(self) -> tuple[dict[str, Extents], Pause]:
+        """Store what is in use, and read into memory what was written meanwhile.
+
+        Raises _CannotFollowError once all was stored that was in use at first, if that is not known.
+        """
+        spans = {name: each.span for name, each in self.read.items()}
+        if not all(can_track(span.path) for span in spans.values()):
+            self._read_ahead()
+            raise _CannotFollowError("this kernel does not tell what is written")
+        with tracked(spans, self._session.chunk_size) as tracker:
+            self._read_ahead()
+            left = self._read_rounds(tracker, {})
+            with self._manner.hooks.quiet(self._every_folder()) as written:
+                if written:
+                    left = self._read_rounds(tracker, left)
+                self._read_into_memory(tracker, left)
+                return self._hold(tracker)
+
+    def held(self) -> tuple[dict[str, Extents], Pause]:
+        """Hold the file systems and store all that is in use, most of which is stored already."""
+        with self._manner.hooks.quiet(self._every_folder()):
+            with self._everything_held() as began:
+                maps = _look_at_all(self.read)
+                for name, each in self.read.items():
+                    each.held.clear()
+                    self._store(each, maps[name], None, silent)  # what shows it may wait for what is held
+            return maps, self._pause(began, sum(each.size for used in maps.values() for each in used), tracked=False)
+
+    def _read_ahead(self) -> None:
+        """Store all that is in use, while it is.
+
+        They are frozen for a look before: on the disk of a file system that is not, what is in use may be seconds old.
+        """
+        self._report(Step(f"Holding {', '.join(map(str, self._folders(_KINDS)))} still for a look at what is in use"))
+        with normal_priority(), held_still(self._folders(FROZEN_KINDS), limit=self._manner.limit) as began:
+            self._flush_caches()
+            frozen = {name: each for name, each in self.read.items() if each.volume.kind in FROZEN_KINDS}
+            for name, hint in _look_at_all(frozen).items():
+                self.read[name].hint = hint
+        self._report(Note(f"they were held for {time.monotonic() - began:.1f} s"))
+        for name, each in self.read.items():
+            if each.hint:
+                size = format_bytes(each.span.size)
+                self._report(Step(f"Reading {name} while it is in use ({each.volume.kind}, {size})"))
+                self._store(each, each.hint, self._manner.pace, self._report)
+
+    def _read_rounds(self, tracker: WriteTracker, left: Mapping[str, set[int]]) -> dict[str, set[int]]:
+        """Read again what was written meanwhile and what is `left` of that, until it is little; return what is left."""
+        before = float("inf")
+        for number in range(_ROUNDS):
+            written = _taken(tracker)
+            if number == 0:
+                written = {name: chunks | left.get(name, set()) for name, chunks in written.items()}
+            size = sum(map(len, written.values())) * self._session.chunk_size
+            if size <= _FEW or size > _SHRINKING * before or number == _ROUNDS - 1:
+                return written
+            self._report(Step(f"Reading {format_bytes(size)} again that were written meanwhile"))
+            for name, chunks in written.items():
+                each = self.read[name]
+                extents = [each.extent(chunk) for chunk in sorted(chunks)]
+                self._store(each, extents, self._manner.pace, self._report)
+                each.whole |= chunks
+            before = size
+        raise AssertionError("the last round returns")
+
+    def _read_into_memory(self, tracker: WriteTracker, left: Mapping[str, set[int]]) -> None:
+        """Read the chunks that are left, and what syncing writes; of what is written after that, blocks are told."""
+        sync_folders(self._folders(FROZEN_KINDS))
+        for name, chunks in _taken(tracker, grain=BLOCK).items():
+            self._read_now(self.read[name], left[name] | chunks, {})
+
+    def _hold(self, tracker: WriteTracker) -> tuple[dict[str, Extents], Pause]:
+        """Freeze the file systems, and read into memory what of this moment is neither there nor stored yet."""
+        self._report(Step("Holding them still for what was written meanwhile"))
+        size = 0
+        with self._everything_held() as began:
+            written = _taken(tracker, still=True)
+            maps = _look_at_all(self.read)
+            for name, each in self.read.items():
+                size += self._read_now(each, *each.missing(maps[name], written[name]))
+        return maps, self._pause(began, size, tracked=True)
+
+    def _read_now(self, read: _Reading, chunks: set[int], blocks: Mapping[int, Sequence[int]]) -> int:
+        room = _MOST - sum(len(buffer) for each in self.read.values() for buffer in each.held.values())
+        if sum(read.extent(chunk).size for chunk in chunks) > room:
+            raise _CannotFollowError(f"more than {format_bytes(_MOST)} was written meanwhile")
+        return read.read(chunks, blocks)
+
+    @contextmanager
+    def _everything_held(self) -> Iterator[float]:
+        """Hold all file systems, and read nothing from caches."""
+        with all_held(self._manner, self._folders(FROZEN_KINDS), self._folders(READ_ONLY_KINDS)) as began:
+            self._flush_caches()
+            yield began
+
+    def _pause(self, began: float, size: int, *, tracked: bool) -> Pause:
+        pause = Pause(time.monotonic() - began, size, tracked)
+        self._report(Note(f"they were held for {pause.seconds:.1f} s, and {format_bytes(size)} were read meanwhile"))
+        return pause
+
+    def _flush_caches(self) -> None:
+        for path in {each.span.path for each in self.read.values()}:
+            flush_cache(path)
+
+    def _every_folder(self) -> list[Path]:
+        return [*self._folders(_KINDS), *self._manner.moment.places]
+
+    def _folders(self, kinds: Collection[str]) -> list[Path]:
+        found = (each.volume.folder for each in self.read.values() if each.volume.kind in kinds)
+        return list(dict.fromkeys(found))
+
+    def _store(self, read: _Reading, extents: Sequence[Extent], pace: Pace | None, report: Report) -> None:
+        batches = read_batches(
+            read.span,
+            extents,
+            read.chunk_size,
+            buffers=self._session.workers + 1,
+            part=read.volume.volume,
+            pace=pace,
+            report=report,
+        )
+        with closing(batches):
+            self._session.store(read.span.size, batches, read.keep)
+
+
+def _look_at_all(read: Mapping[str, _Reading]) -> dict[str, Extents]:
+    """Return the maps of what is used; each takes a program or two, so they are made beside each other.
+
+    If one fails, or somebody presses Ctrl-C, nobody waits for the others: everything is still held.
+    """
+    pool = ThreadPoolExecutor(max(len(read), 1), thread_name_prefix="look")
+    try:
+        return dict(zip(read, pool.map(lambda each: each.volume.look(), read.values()), strict=True))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _taken(tracker: WriteTracker, *, still: bool = False, grain: int = 0) -> dict[str, set[int]]:
+    written = tracker.take(still=still, grain=grain)
+    if tracker.lost:
+        raise _CannotFollowError("more was written than the kernel could record")
+    return written

@@ -1,0 +1,153 @@
+"""Holding mounted file systems still, all of them together, for a short time and never for longer than that.
+
+A frozen file system has written everything to its disk, and whoever writes to it waits; who writes to one that was made
+read-only is refused. So who holds them must not write to them, nor wait for anybody who does; and they have to be
+let go even if who holds them is killed, stopped or out of memory. That is the business of another process
+(`remetal.system.watchdog`), which is there before the first one is held, and alone lets them go.
+
+Source: ioctl(2) FIFREEZE and FITHAW, fs/super.c.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import platform
+import re
+import select
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from remetal.errors import RefusedError, RemetalError, UnavailableError
+from remetal.system import watchdog
+from remetal.system.mounts import find_mount_of
+from remetal.system.run import Process, converse
+
+_IN_MEMORY = (Path("/run"), Path("/dev/shm"))  # noqa: S108 - files without a name
+_LIBC = ctypes.CDLL(None)
+_PATIENCE = 10.0
+"""Seconds that the watchdog has to begin, and to let go."""
+
+
+@contextmanager
+def held_still(folders: Sequence[Path], *, limit: float, read_only: Sequence[Path] = ()) -> Iterator[float]:
+    """Hold the file systems that are mounted at folders still, for at most `limit` seconds.
+
+    Those at `folders` are frozen; those at `read_only`, whose kinds cannot be, are made read-only before. Yields when
+    that began, by time.monotonic(). Raises RefusedError, with nothing left held, if one of them cannot be, or somebody
+    else has frozen it; and UnavailableError at the end of the block if they were not held until then: what was read in
+    the block is then not of one moment. Needs root.
+    """
+    every = [*read_only, *folders]
+    with ExitStack() as stack:
+        stack.enter_context(writing_in_memory())
+        opened: list[int] = []
+        for folder in every:
+            opened.append(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            stack.callback(os.close, opened[-1])
+        sync_folders(every)
+        dog = stack.enter_context(_watching(opened, len(read_only), limit))
+        held = False
+        began = time.monotonic()
+        try:
+            for number, (folder, fd) in enumerate(zip(every, opened, strict=True), 1):
+                _tell(dog, number)
+                try:
+                    _hold(folder, fd, freeze=number > len(read_only))
+                except RefusedError:
+                    _tell(dog, number - 1)  # it is not ours to let go
+                    raise
+            yield began
+        finally:
+            _tell(dog, watchdog.LET_GO)
+            held = _line(dog) == b"held\n"
+        if not held:
+            raise UnavailableError(
+                f"the file systems were to be held for longer than {limit:g} seconds, and were let go",
+                hint="Nothing is kept of this backup. Back up when less is written, or allow more time: "
+                "--freeze-limit SECONDS.",
+            )
+
+
+def sync_folders(folders: Sequence[Path]) -> None:
+    """Write what the file systems at these folders still have in memory, so that holding them has less to write."""
+    for folder in folders:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _LIBC.syncfs(fd)
+        finally:
+            os.close(fd)
+
+
+def freezes_nest() -> bool:
+    """Whether this kernel lets device-mapper freeze a file system that is frozen already, and counts: since Linux 6.8.
+
+    Source: fs_bdev_freeze() and FREEZE_MAY_NEST in fs/super.c; before, freeze_super() in freeze_bdev() fails (EBUSY).
+    """
+    version = re.match(r"(\d+)\.(\d+)", platform.release())
+    return version is not None and (int(version[1]), int(version[2])) >= (6, 8)
+
+
+def _hold(folder: Path, fd: int, *, freeze: bool) -> None:
+    try:
+        if freeze:
+            fcntl.ioctl(fd, watchdog.FIFREEZE, 0)
+        else:
+            watchdog.reconfigure(fd, b"ro")
+    except OSError as error:
+        why, hint = "its kind cannot be frozen", "Unmount it, or mount it read-only."
+        if error.errno == errno.EBUSY and freeze:
+            why, hint = "somebody has frozen it already", "If nobody is at it: fsfreeze --unfreeze PLACE."
+        elif error.errno == errno.EBUSY:
+            why, hint = "a file on it is open for writing", f"See who has it open: fuser -vm {folder}"
+        raise RefusedError(
+            f"the file system at {folder} cannot be held still: {why} ({error.strerror})", hint=hint
+        ) from error
+
+
+@contextmanager
+def writing_in_memory() -> Iterator[None]:
+    """Keep Python from writing to what is held: new temporary files lie in memory, compiled modules nowhere.
+
+    Raises RefusedError if there is no folder in memory.
+    """
+    for folder in _IN_MEMORY:
+        if folder.is_dir() and os.access(folder, os.W_OK) and find_mount_of(folder).kind == "tmpfs":
+            before = tempfile.tempdir, sys.dont_write_bytecode
+            tempfile.tempdir, sys.dont_write_bytecode = str(folder), True
+            try:
+                yield
+            finally:
+                tempfile.tempdir, sys.dont_write_bytecode = before
+            return
+    raise RefusedError(
+        "no folder is in memory, and temporary files on a frozen file system would wait for it",
+        hint="Mount one: mount -t tmpfs none /dev/shm.",
+    )
+
+
+@contextmanager
+def _watching(opened: Sequence[int], read_only: int, limit: float) -> Iterator[Process]:
+    argv = [sys.executable, "-I", "-S", watchdog.__file__, str(limit), str(read_only), *map(str, opened)]
+    with converse(argv, pass_fds=opened) as dog:
+        if _line(dog) != b"ready\n":
+            raise RemetalError("what has to let the file systems go did not start; nothing was held")
+        yield dog
+
+
+def _tell(dog: Process, what: int) -> None:
+    assert dog.stdin is not None
+    with suppress(BrokenPipeError):
+        os.write(dog.stdin.fileno(), bytes([what]))
+
+
+def _line(dog: Process) -> bytes:
+    assert dog.stdout is not None
+    ready = select.select([dog.stdout], [], [], _PATIENCE)[0]
+    return os.read(dog.stdout.fileno(), 100) if ready else b""

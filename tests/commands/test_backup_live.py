@@ -1,0 +1,164 @@
+"""Backing up a disk whose file system is in use, as a person does it; and whatever happens, it is let go."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lab.disk import fresh_disk
+from remetal.errors import RefusedError, UnavailableError
+from remetal.system.blockdev import Span
+from remetal.system.loop import attach_loop
+from remetal.system.mounts import mounted
+from remetal.units import MIB
+from tests.commands.site import Site
+
+SIZE = 64 * MIB
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    found = Site(tmp_path)
+    found.remetal("init")
+    return found
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[Path]:
+    """A disk with an ext4 on all of it."""
+    with fresh_disk(tmp_path / "disk.img", SIZE) as device:
+        yield device
+
+
+@pytest.fixture
+def folder(device: Path) -> Iterator[Path]:
+    """Where it is mounted."""
+    with mounted(device) as folder:
+        (folder / "before").write_text("before")
+        yield folder
+
+
+@pytest.fixture
+def slow_look(tmp_path: Path) -> Path:
+    """What makes the look at a frozen file system take ten seconds; the file is there once it has begun."""
+    tools, begun = tmp_path / "tools", tmp_path / "begun"
+    tools.mkdir()
+    slow = tools / "dumpe2fs"
+    slow.write_text(f'#!/bin/sh\ntouch {begun}\nsleep 10\nexec /sbin/dumpe2fs "$@"\n')
+    slow.chmod(0o755)
+    return begun
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(600):
+        if path.exists():
+            return
+        subprocess.run(["sleep", "0.05"], check=True)
+    raise AssertionError(f"{path} did not come")
+
+
+def write_within(folder: Path, seconds: float) -> None:
+    """Write a file; it must not wait for longer."""
+    code = f"open({str(folder / 'after')!r}, 'w').write('after')"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=seconds)
+
+
+def test_a_disk_in_use_comes_back(site: Site, device: Path, folder: Path, tmp_path: Path) -> None:
+    first = site.remetal("backup", "--disk", device, "--json").json
+    assert 0 < first["pause"] < 10
+    (volume,) = first["volumes"]
+    assert (volume["kind"], volume["way"], volume["used"]) == ("ext4", "tracked", first["used"])
+    (folder / "more").write_bytes(os.urandom(MIB))
+    second = site.remetal("backup", "--disk", device)
+    assert "File systems were held still for" in second.out
+    assert "Holding" in second.err
+    target = tmp_path / "target.img"
+    site.remetal("restore", "latest", "--map", target, "--yes")
+    subprocess.run(["e2fsck", "-fn", target], check=True, capture_output=True)
+    with attach_loop(Span(target, 0, SIZE)) as copy, mounted(copy, options=("ro",)) as found:
+        assert (found / "before").read_text() == "before"
+        assert (found / "more").read_bytes() == (folder / "more").read_bytes()
+    site.remetal("check", "--read-data")
+
+
+def test_limits_are_heeded_but_for_the_pause(site: Site, device: Path, folder: Path) -> None:
+    (folder / "more").write_bytes(os.urandom(12 * MIB))
+    told = site.remetal("backup", "--disk", device, "--json", "--limit-read", "4M", "--nice", "19", "--ionice", "idle")
+    assert told.json["seconds"] > 12 / 4 - 1
+    assert told.json["pause"] < 2
+    for words in (["--limit-read", "9"], ["--limit-rate", "fast"], ["--nice", "20"], ["--ionice", "never"]):
+        site.remetal("backup", "--disk", device, *words, code=2)
+
+
+def test_a_repository_on_what_is_held_still_is_refused(site: Site, device: Path, folder: Path) -> None:
+    inside = folder / "repository"
+    site.remetal("init", "--repo", inside)
+    said = site.remetal("backup", "--disk", device, "--repo", inside, code=RefusedError.exit_code).err
+    assert f"the repository {inside} lies on a file system that would be held still" in said
+    write_within(folder, 10)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda each: each.name)
+def test_a_backup_that_is_ended_while_it_holds_lets_go(
+    site: Site, device: Path, folder: Path, slow_look: Path, tmp_path: Path, how: signal.Signals
+) -> None:
+    site.environment["PATH"] = f"{tmp_path / 'tools'}:{os.environ['PATH']}"
+    with site.start("backup", "--disk", device, "--freeze-limit", "600") as process:
+        wait_for(slow_look)
+        process.send_signal(how)
+        write_within(folder, 8)
+        assert process.wait(30) != 0
+    assert site.remetal("snapshots", "--json").json == []
+    site.environment["PATH"] = os.environ["PATH"]
+    site.remetal("backup", "--disk", device)
+
+
+def test_a_backup_that_is_stopped_lets_go_when_its_time_is_over(
+    site: Site, device: Path, folder: Path, slow_look: Path, tmp_path: Path
+) -> None:
+    site.environment["PATH"] = f"{tmp_path / 'tools'}:{os.environ['PATH']}"
+    with site.start("backup", "--disk", device, "--freeze-limit", "1") as process:
+        wait_for(slow_look)
+        process.send_signal(signal.SIGSTOP)
+        write_within(folder, 8)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(60) == UnavailableError.exit_code, "what was read is not of one moment"
+    assert site.remetal("snapshots", "--json").json == []
+
+
+def test_a_second_backup_meanwhile_is_refused_and_lets_the_first_one_be(
+    site: Site, device: Path, folder: Path, slow_look: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    other = Site(tmp_path / "other")
+    other.remetal("init")
+    quick = site.environment["PATH"] = f"{tmp_path / 'tools'}:{os.environ['PATH']}"
+    with site.start("backup", "--disk", device, "--freeze-limit", "600") as process:
+        wait_for(slow_look)
+        said = other.remetal("backup", "--disk", device, code=RefusedError.exit_code).err
+        assert "somebody has frozen it already" in said
+        assert process.wait(60) == 0
+    write_within(folder, 8)
+    site.environment["PATH"] = quick.partition(":")[2]
+    assert [each["sequence"] for each in site.remetal("snapshots", "--json").json] == [1]
+    assert other.remetal("snapshots", "--json").json == []
+
+
+def test_a_disk_file_that_is_in_use_is_refused(site: Site, folder: Path, tmp_path: Path) -> None:
+    said = site.remetal("backup", "--disk", tmp_path / "disk.img", code=RefusedError.exit_code).err
+    assert f"is mounted read-write at {folder}" in said
+
+
+def test_a_repository_in_a_disk_file_on_what_is_held_still_is_refused(
+    site: Site, device: Path, folder: Path, tmp_path: Path
+) -> None:
+    with fresh_disk(folder / "vault.img", 24 * MIB) as inner, mounted(inner) as vault:
+        site.remetal("init", "--repo", vault / "repository")
+        said = site.remetal("backup", "--disk", device, "--repo", vault / "repository", code=3).err
+    assert "lies on a file system that would be held still" in said
