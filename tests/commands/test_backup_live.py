@@ -92,7 +92,13 @@ def test_limits_are_heeded_but_for_the_pause(site: Site, device: Path, folder: P
     told = site.remetal("backup", "--disk", device, "--json", "--limit-read", "4M", "--nice", "19", "--ionice", "idle")
     assert told.json["seconds"] > 12 / 4 - 1
     assert told.json["pause"] < 2
-    for words in (["--limit-read", "9"], ["--limit-rate", "fast"], ["--nice", "20"], ["--ionice", "never"]):
+    for words in (
+        ["--limit-read", "9"],
+        ["--limit-rate", "fast"],
+        ["--nice", "20"],
+        ["--ionice", "never"],
+        ["--freeze-limit", "0"],
+    ):
         site.remetal("backup", "--disk", device, *words, code=2)
 
 

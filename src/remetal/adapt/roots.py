@@ -7,7 +7,7 @@ Debian, Ubuntu, Fedora and others put their root (`@rootfs`, `@`, `root`). Sourc
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +35,7 @@ _LOOK = {
 }
 _WRITE = {"xfs": ("nouuid",), "btrfs": ("subvolid=5", "skip_balance")}
 _INNER = ("/usr", "/boot", "/boot/grub2/i386-pc", "/boot/grub2/x86_64-efi")
-"""What else of a system is mounted, parents first; openSUSE keeps GRUB's folders in subvolumes of their own."""
+"""Where the files of a system lie that name its storage; openSUSE keeps GRUB's folders in subvolumes of their own."""
 _USUAL_ROOTS = {"@", "@rootfs", "root"}
 _SUBVOLUME = 256
 """The inode number of every subvolume's top folder (btrfs(5))."""
@@ -81,8 +81,10 @@ def find_systems(restored: Restored, report: Report) -> list[System]:
 
 
 @contextmanager
-def open_root(system: System, restored: Restored, *, writable: bool = False) -> Iterator[Path]:
-    """Mount a system's root and what belongs to it of /usr and /boot, and yield the folder.
+def open_root(
+    system: System, restored: Restored, *, inner: Sequence[str] = _INNER, writable: bool = False
+) -> Iterator[Path]:
+    """Mount a system's root and its own volumes at `inner`, parents first, and yield the folder.
 
     Nothing is written unless `writable`: journals are not replayed then either. File systems that remetal reads
     by other means (the ESP) are not mounted.
@@ -91,7 +93,7 @@ def open_root(system: System, restored: Restored, *, writable: bool = False) -> 
         mounts = _Mounts(restored, stack, writable=writable)
         root = mounts.find(system.root, system.subvolumes.get("/", ""))
         assert root is not None
-        for point in _INNER:
+        for point in inner:
             space = system.mounts.get(point)
             target = find_inside(root, point)
             if space is None or target is None or not target.is_dir() or not _is_mountable(space, restored):

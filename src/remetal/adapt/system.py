@@ -12,6 +12,7 @@ from types import MappingProxyType
 from remetal.adapt.change import Adaptation
 from remetal.adapt.efi import adapt_efi
 from remetal.adapt.grub_bios import adapt_grub_bios
+from remetal.adapt.package_cache import adapt_package_cache
 from remetal.adapt.restored import Restored
 from remetal.adapt.roots import find_systems
 from remetal.adapt.storage_files import adapt_storage_files
@@ -48,6 +49,7 @@ def adapt_system(
     for system in systems:
         report(Note(f"{system.root} holds {system.name}"))
         done += adapt_storage_files(system, restored)
+        done += adapt_package_cache(system, restored)
     done += adapt_grub_bios(restored, systems, firmware=firmware, report=report)
     done += adapt_efi(restored, systems, firmware=firmware, report=report)
     return done + Adaptation(notes=(_INITRAMFS if systems else _NO_SYSTEM,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import Annotated
 
@@ -165,6 +166,8 @@ def backup(
     """
     if hooks is not None and no_hooks:
         raise UsageError("--hooks and --no-hooks exclude one another")
+    if not 0 < freeze_limit < inf:
+        raise UsageError(f"--freeze-limit is {freeze_limit:g}", hint="Give a number of seconds above 0, such as 10.")
     with reporting(output) as report:
         request = BackupRequest(
             repository=repo,
