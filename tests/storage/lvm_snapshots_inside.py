@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from lab import CHECKOUT
-from remetal.errors import UnavailableError
-from remetal.events import Event, Note, Progress, Step
+from remetal.errors import RemetalError, UnavailableError
+from remetal.events import Event, Note, Progress, Step, Warn
 from remetal.image import snapshots
 from remetal.image.snapshots import Policy
 from remetal.system.freeze import freezes_nest
@@ -245,6 +245,38 @@ def where_there_is_no_room_it_is_captured_without() -> None:
         assert {found["vg/linear"], found["vg/thin"]} == {expected}, told.notes
         assert bool([each for each in told.notes if "LVM takes no snapshot of vg/" in each]) != freezes_nest()
         check_nothing_is_left()
+
+
+def one_that_vanishes_is_no_image() -> None:
+    """It ends the backup, whether it goes while it is read or before it is held; the others do not stay held."""
+    with in_use("vg/linear"):
+        backup("none", Told())
+    before = listed()
+    for begins in ("Reading vg/linear while it is in use", "this kernel does not tell"):
+        with in_use("vg/linear", "ubda:3"):
+            write_to("vg/linear", 16)
+            told = Told(partial(_says, begins), partial(program, "dmsetup", "wipe_table", "--force", "vg-linear"))
+            with pytest.raises(RemetalError) as raised:
+                backup("none", told)
+            print(raised.value.message, raised.value.hint)
+            assert told.done == 1
+            assert "linear" in raised.value.message
+            write_to("ubda:3", 1)  # would wait for ever
+            assert listed() == before
+            check_nothing_is_left()
+        program("lvchange", "-q", "--refresh", "vg/linear")
+        mended = subprocess.run(["e2fsck", "-fy", f"/dev/{PLACES['vg/linear']}"], capture_output=True, check=False)
+        assert mended.returncode <= 1, mended.stdout
+    with in_use("vg/linear"):
+        assert listed() == before
+        backup("none", Told())
+    assert listed() == before + 1
+
+
+def _says(begins: str, event: Event) -> bool:
+    return (isinstance(event, Step) and event.title.startswith(begins)) or (
+        isinstance(event, Warn) and event.text.startswith(begins)
+    )
 
 
 def who_is_ended_leaves_nothing_for_long() -> None:
