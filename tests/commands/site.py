@@ -82,13 +82,13 @@ class Site:
         assert "Traceback" not in done.stderr
         return Ran(done.returncode, done.stdout, done.stderr)
 
-    def start(self, *words: str | Path) -> subprocess.Popen[bytes]:
+    def start(self, *words: str | Path, stderr: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
         """Start the program and return at once."""
         return subprocess.Popen(
             [REMETAL, *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=stderr,
             env=self.environment,
         )
 

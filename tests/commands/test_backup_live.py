@@ -168,3 +168,44 @@ def test_a_repository_in_a_disk_file_on_what_is_held_still_is_refused(
         site.remetal("init", "--repo", vault / "repository")
         said = site.remetal("backup", "--disk", device, "--repo", vault / "repository", code=3).err
     assert "lies on a file system that would be held still" in said
+
+
+def test_what_is_written_to_though_nobody_has_mounted_it_is_no_image(
+    site: Site, device: Path, folder: Path, tmp_path: Path
+) -> None:
+    """As the disk of a virtual machine, or one that is mounted where we do not see it."""
+    other = tmp_path / "other.img"
+    other.write_bytes(os.urandom(16 * MIB))
+    with attach_loop(Span(other, 0, 16 * MIB), writable=True) as raw:
+        disks = ("--disk", device, "--disk", raw)
+        site.remetal("backup", *disks)
+        with site.start("backup", *disks, "--limit-read", "4M", stderr=subprocess.PIPE) as process:
+            assert process.stderr is not None
+            while f"Capturing {raw.name}".encode() not in (line := process.stderr.readline()):
+                assert line, "it has ended"
+            subprocess.run(
+                ["dd", "if=/dev/zero", f"of={raw}", "bs=4k", "count=1", "oflag=direct", "status=none"], check=True
+            )
+            said = process.stderr.read().decode()
+            assert process.wait(60) == UnavailableError.exit_code
+    assert f"a program has written to {raw.name} ({raw}) while it was captured" in said
+    assert [each["sequence"] for each in site.remetal("snapshots", "--json").json] == [1]
+
+
+def test_what_another_file_system_was_mounted_over_is_refused(
+    site: Site, device: Path, folder: Path, tmp_path: Path
+) -> None:
+    with fresh_disk(tmp_path / "other.img", SIZE) as other, mounted(other, target=folder):
+        said = site.remetal("backup", "--disk", device, code=RefusedError.exit_code).err
+    assert f"is mounted read-write at {folder}" in said
+
+
+def test_what_is_no_longer_mounted_is_told_and_nothing_else_is_held(site: Site, device: Path, tmp_path: Path) -> None:
+    hooks = tmp_path / "hooks.toml"
+    with mounted(device) as folder:
+        hooks.write_text(f'[[hook]]\nrun = ["/bin/umount", "--lazy", "{folder}"]\nat = ["before-freeze"]\n')
+        said = site.remetal("backup", "--disk", device, "--hooks", hooks, code=UnavailableError.exit_code).err
+        assert f"is not mounted at {folder} any more" in said
+        if not folder.is_mount():  # who has mounts of its own has unmounted it for itself only
+            subprocess.run(["mount", device, folder], check=True)
+    assert site.remetal("snapshots", "--json").json == []

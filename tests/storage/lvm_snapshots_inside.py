@@ -89,7 +89,7 @@ class Told:
     """What a backup tells while it runs; what is asked for is done when an event comes."""
 
     def __init__(
-        self, when: Callable[[Event], bool] = lambda event: False, do: Callable[[], None] = lambda: None
+        self, when: Callable[[Event], bool] = lambda event: False, do: Callable[[], object] = lambda: None
     ) -> None:
         self.notes: list[str] = []
         self.done = 0

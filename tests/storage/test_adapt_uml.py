@@ -36,7 +36,7 @@ import sys
 from pathlib import Path
 from remetal.adapt import adapt_system
 from remetal.layout.probe import probe_layout
-from remetal.system.loop import probe_written
+from remetal.system.blockdev import probe_written
 disk = Path({disk_device(0)!r})
 layout = probe_layout([disk])
 (name,) = [each.name for each in layout.disks]

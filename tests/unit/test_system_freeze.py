@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from remetal.errors import RefusedError, UnavailableError
+from remetal.system import freeze, watchdog
 from remetal.system.blockdev import Span
 from remetal.system.freeze import held_still
 from remetal.system.loop import attach_loop
@@ -55,6 +56,23 @@ def control(folder: Path, request: int) -> None:
         fcntl.ioctl(fd, request, 0)
     finally:
         os.close(fd)
+
+
+def make_writable(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        watchdog.reconfigure(fd, b"rw")
+    finally:
+        os.close(fd)
+
+
+def end(held: freeze.Held) -> None:
+    """End who watches over what is held."""
+    held.check()
+    held._dog.kill()
+    held._dog.wait()
+    with pytest.raises(UnavailableError, match="watches over"):
+        held.check()
 
 
 def is_frozen(folder: Path) -> bool:
@@ -103,6 +121,92 @@ def test_it_is_thawed_when_the_time_is_over_and_told(folder: Path) -> None:
     with pytest.raises(UnavailableError, match="longer than 1 seconds"), held_still([folder], limit=1):
         wait_for_thaw(folder, 20)
     assert not is_frozen(folder)
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_what_is_frozen_after_the_time_is_over_is_thawed_as_well(
+    folder: Path, other: Path, monkeypatch: pytest.MonkeyPatch, *, late: bool
+) -> None:
+    """As one that takes long to freeze: it begins in time, and is frozen when the others have been let go."""
+    hold = freeze._hold
+
+    def slowly(place: Path, fd: int, **how: bool) -> None:
+        if late:
+            time.sleep(1)
+        hold(place, fd, **how)
+        if not late:
+            time.sleep(1)
+        monkeypatch.setattr(freeze.Held, "check", lambda self: None)  # so that the other is frozen, too
+
+    monkeypatch.setattr(freeze, "_hold", slowly)
+    with pytest.raises(UnavailableError, match=r"longer than 0\.5 seconds"), held_still([folder, other], limit=0.5):
+        wait_for_thaw(other, 20)
+    assert not is_frozen(folder)
+    assert not is_frozen(other)
+
+
+def test_no_more_is_frozen_when_the_time_is_over(folder: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+
+    def slowly(place: Path, fd: int, **how: bool) -> None:
+        held.append(place)
+        time.sleep(1)
+
+    monkeypatch.setattr(freeze, "_hold", slowly)
+    with pytest.raises(UnavailableError, match=r"longer than 0\.5 seconds"), held_still([folder, other], limit=0.5):
+        pytest.fail("it was too late")
+    assert held == [folder]
+
+
+def test_a_thaw_by_somebody_else_is_noticed(folder: Path, other: Path) -> None:
+    with pytest.raises(UnavailableError, match="somebody else let go"), held_still([folder, other], limit=60):
+        control(other, FITHAW)
+    with (
+        pytest.raises(UnavailableError, match="somebody else let go"),
+        held_still([folder], read_only=[other], limit=60),
+    ):
+        make_writable(other)
+    assert not is_frozen(folder)
+    assert write(other / "probe") == ""
+
+
+def test_it_is_thawed_when_the_watchdog_is_gone(folder: Path, other: Path) -> None:
+    with (
+        pytest.raises(UnavailableError, match="watches over"),
+        held_still([folder], read_only=[other], limit=60) as held,
+    ):
+        end(held)
+    assert not is_frozen(folder)
+    assert write(other / "probe") == ""
+
+
+def test_the_watchdog_needs_no_other_process(folder: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room() -> int:
+        raise BlockingIOError
+
+    monkeypatch.setattr(os, "fork", no_room)
+    opened = [os.open(each, os.O_RDONLY) for each in (folder, other)]
+    control(folder, FIFREEZE)
+    assert not watchdog.let_go([], opened)
+    control(folder, FIFREEZE)
+    control(other, FIFREEZE)
+    assert watchdog.let_go([], opened)
+    for each in opened:
+        os.close(each)
+    monkeypatch.undo()
+    assert not is_frozen(folder)
+
+
+def test_who_watches_is_in_none_of_our_control_groups(folder: Path) -> None:
+    with held_still([folder], limit=60) as held:
+        groups = Path(f"/proc/{held._dog.pid}/cgroup").read_text().splitlines()
+    writable = os.access("/sys/fs/cgroup/cgroup.procs", os.W_OK)
+    assert not writable or groups[-1] == "0::/"
+
+
+def test_a_place_that_is_gone_is_told(folder: Path) -> None:
+    with pytest.raises(UnavailableError, match="cannot be reached any more"), held_still([folder / "x"], limit=60):
+        pytest.fail("nothing is there")
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])

@@ -58,10 +58,10 @@ class Hooks:
             yield
 
     @contextmanager
-    def quiet(self, folders: Sequence[Path]) -> Iterator[bool]:
+    def quiet(self, folders: Sequence[Path]) -> Iterator[None]:
         """Make all ready for the freeze of the file systems that are mounted at folders, and let them go after it.
 
-        Yields whether anything was done that may have written to them. Raises HookFailedError.
+        Raises HookFailedError.
         """
         self._folders = folders
         ready = self._at("before-freeze")
@@ -74,7 +74,7 @@ class Hooks:
                 if hook in ready:
                     self._carry_out(hook, "before-freeze", self._report)
             stack.callback(self._report_late)
-            yield bool(ready)
+            yield
 
     def frozen(self) -> None:
         """Tell that the file systems are frozen. Raises HookFailedError.

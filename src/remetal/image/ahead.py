@@ -5,6 +5,7 @@ A chunk counts as read if nothing of it was written since it was last read, and 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
@@ -57,17 +58,14 @@ class Ahead:
         """Return the chunks in use that have to be read, and the blocks that have to be, of those that are in memory.
 
         `written` are the blocks that were written since anything was read last. Of the other chunks those have to be
-        read that were not, that were written, or that hold more that is in use than was read.
+        read that were written, or that hold more that is in use than was read. Everybody waits for this, so nothing is
+        looked up that is known: what was in use at first is stored, or in memory.
         """
         blocks: dict[int, list[int]] = {}
         for block in sorted(written):
             blocks.setdefault(block // (self.chunk_size // BLOCK), []).append(block)
         more = set(self._chunks(subtract(used, self.hint))) - self.whole
-        missing: set[int] = set()
-        for run in _runs(self._chunks(used)):
-            for chunk, identity in zip(run, self._known(run), strict=True):
-                if chunk not in self.held and (identity is None or chunk in blocks or chunk in more):
-                    missing.add(chunk)
+        missing = (more | self._used(used, sorted(blocks))) - self.held.keys()
         return missing, {chunk: found for chunk, found in blocks.items() if chunk in self.held}
 
     def read(self, chunks: Iterable[int], blocks: Mapping[int, Sequence[int]]) -> int:
@@ -117,6 +115,18 @@ class Ahead:
         data = self._ids.read(chunks[0] * _WIDTH, len(chunks) * _WIDTH)
         rows = (data[at : at + _WIDTH] for at in range(0, len(data), _WIDTH))
         return [row[1:] if row[0] else None for row in rows]
+
+    def _used(self, used: Extents, chunks: Sequence[int]) -> set[int]:
+        """Return those of chunks, which ascend, of which anything is in use."""
+        found: set[int] = set()
+        at = 0
+        for extent in used if chunks else ():
+            at = bisect_left(chunks, extent.start // self.chunk_size, at)
+            while at < len(chunks) and chunks[at] * self.chunk_size < extent.end:
+                found.add(chunks[at])
+                at += 1
+            at = max(at - 1, 0)  # the next extent may begin in the same one
+        return found
 
     def _chunks(self, extents: Iterable[Extent]) -> Iterator[int]:
         """Yield the chunks that hold any byte of extents, which ascend; each of them once."""

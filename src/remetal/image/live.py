@@ -16,12 +16,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from remetal.applications.hooks import Hooks
-from remetal.errors import RemetalError, UnavailableError
+from remetal.errors import RefusedError, RemetalError, UnavailableError
 from remetal.events import Note, Report, Step, Warn, silent
 from remetal.image.ahead import BLOCK, Ahead
 from remetal.image.capture import read_batches
@@ -30,7 +30,8 @@ from remetal.pace import Pace
 from remetal.repository.session import Session
 from remetal.repository.snapshots import ImageRecord
 from remetal.system.blockdev import Span, flush_cache
-from remetal.system.freeze import held_still, sync_folders
+from remetal.system.freeze import Held, held_still, sync_folders
+from remetal.system.memory import probe_available
 from remetal.system.priority import normal_priority
 from remetal.system.tracing import WriteTracker, can_track, tracked
 from remetal.units import MIB, format_bytes
@@ -103,16 +104,16 @@ class Manner:
 
 
 @contextmanager
-def all_held(manner: Manner, frozen: Sequence[Path], read_only: Sequence[Path] = ()) -> Iterator[float]:
+def all_held(manner: Manner, frozen: Sequence[Path], read_only: Sequence[Path] = ()) -> Iterator[Held]:
     """Hold the file systems at these folders and at the moment's, tell that they are, and take the moment at the end.
 
-    Yields when that began, by time.monotonic(). Raises what `held_still` does, and HookFailedError.
+    Raises what `held_still` does, and HookFailedError.
     """
     manner.moment.prepare()
     every = [*frozen, *manner.moment.folders]
-    with normal_priority(), held_still(every, limit=manner.limit, read_only=read_only) as began:
+    with normal_priority(), held_still(every, limit=manner.limit, read_only=read_only) as held:
         manner.hooks.frozen()
-        yield began
+        yield held
         manner.moment.take()
 
 
@@ -134,6 +135,7 @@ class _Reading(Ahead):
     def __init__(self, volume: LiveVolume, chunk_size: int) -> None:
         super().__init__(volume.span, chunk_size)
         self.volume = volume
+        self.device = volume.folder.stat().st_dev
 
 
 class _CannotFollowError(RemetalError):
@@ -185,24 +187,28 @@ class _Capture:
         if not all(can_track(span.path) for span in spans.values()):
             self._read_ahead()
             raise _CannotFollowError("this kernel does not tell what is written")
-        with tracked(spans, self._session.chunk_size) as tracker:
+        with ExitStack() as stack:
+            try:
+                tracker = stack.enter_context(tracked(spans, self._session.chunk_size))
+            except RefusedError as error:
+                self._read_ahead()
+                raise _CannotFollowError(error.message) from error
             self._read_ahead()
-            left = self._read_rounds(tracker, {})
-            with self._manner.hooks.quiet(self._every_folder()) as written:
-                if written:
-                    left = self._read_rounds(tracker, left)
+            left = self._read_rounds(tracker)
+            with self._manner.hooks.quiet(self._every_folder()):
                 self._read_into_memory(tracker, left)
                 return self._hold(tracker)
 
     def held(self) -> tuple[dict[str, Extents], Pause]:
         """Hold the file systems and store all that is in use, most of which is stored already."""
         with self._manner.hooks.quiet(self._every_folder()):
-            with self._everything_held() as began:
+            with self._everything_held() as held:
                 maps = _look_at_all(self.read)
                 for name, each in self.read.items():
                     each.held.clear()
-                    self._store(each, maps[name], None, silent)  # what shows it may wait for what is held
-            return maps, self._pause(began, sum(each.size for used in maps.values() for each in used), tracked=False)
+                    # What shows how far it is may wait for what is held.
+                    self._store(each, maps[name], None, lambda _: held.check())
+            return maps, self._pause(held, sum(each.size for used in maps.values() for each in used), tracked=False)
 
     def _read_ahead(self) -> None:
         """Store all that is in use, while it is.
@@ -210,25 +216,24 @@ class _Capture:
         They are frozen for a look before: on the disk of a file system that is not, what is in use may be seconds old.
         """
         self._report(Step(f"Holding {', '.join(map(str, self._folders(_KINDS)))} still for a look at what is in use"))
-        with normal_priority(), held_still(self._folders(FROZEN_KINDS), limit=self._manner.limit) as began:
+        with normal_priority(), held_still(self._folders(FROZEN_KINDS), limit=self._manner.limit) as held:
+            self._check_places()
             self._flush_caches()
             frozen = {name: each for name, each in self.read.items() if each.volume.kind in FROZEN_KINDS}
             for name, hint in _look_at_all(frozen).items():
                 self.read[name].hint = hint
-        self._report(Note(f"they were held for {time.monotonic() - began:.1f} s"))
+        self._report(Note(f"they were held for {time.monotonic() - held.began:.1f} s"))
         for name, each in self.read.items():
             if each.hint:
                 size = format_bytes(each.span.size)
                 self._report(Step(f"Reading {name} while it is in use ({each.volume.kind}, {size})"))
                 self._store(each, each.hint, self._manner.pace, self._report)
 
-    def _read_rounds(self, tracker: WriteTracker, left: Mapping[str, set[int]]) -> dict[str, set[int]]:
-        """Read again what was written meanwhile and what is `left` of that, until it is little; return what is left."""
+    def _read_rounds(self, tracker: WriteTracker) -> dict[str, set[int]]:
+        """Read again what was written meanwhile, until it is little; return what is left."""
         before = float("inf")
         for number in range(_ROUNDS):
             written = _taken(tracker)
-            if number == 0:
-                written = {name: chunks | left.get(name, set()) for name, chunks in written.items()}
             size = sum(map(len, written.values())) * self._session.chunk_size
             if size <= _FEW or size > _SHRINKING * before or number == _ROUNDS - 1:
                 return written
@@ -242,7 +247,10 @@ class _Capture:
         raise AssertionError("the last round returns")
 
     def _read_into_memory(self, tracker: WriteTracker, left: Mapping[str, set[int]]) -> None:
-        """Read the chunks that are left, and what syncing writes; of what is written after that, blocks are told."""
+        """Read the chunks that are left, and what syncing writes; of what is written after that, blocks are told.
+
+        Applications wait for it already, so nothing of it is stored yet.
+        """
         sync_folders(self._folders(FROZEN_KINDS))
         for name, chunks in _taken(tracker, grain=BLOCK).items():
             self._read_now(self.read[name], left[name] | chunks, {})
@@ -251,30 +259,42 @@ class _Capture:
         """Freeze the file systems, and read into memory what of this moment is neither there nor stored yet."""
         self._report(Step("Holding them still for what was written meanwhile"))
         size = 0
-        with self._everything_held() as began:
+        with self._everything_held() as held:
             written = _taken(tracker, still=True)
             maps = _look_at_all(self.read)
             for name, each in self.read.items():
                 size += self._read_now(each, *each.missing(maps[name], written[name]))
-        return maps, self._pause(began, size, tracked=True)
+        return maps, self._pause(held, size, tracked=True)
 
     def _read_now(self, read: _Reading, chunks: set[int], blocks: Mapping[int, Sequence[int]]) -> int:
-        room = _MOST - sum(len(buffer) for each in self.read.values() for buffer in each.held.values())
+        most = min(_MOST, probe_available() // 4)
+        room = most - sum(len(buffer) for each in self.read.values() for buffer in each.held.values())
         if sum(read.extent(chunk).size for chunk in chunks) > room:
-            raise _CannotFollowError(f"more than {format_bytes(_MOST)} was written meanwhile")
+            raise _CannotFollowError(f"more than {format_bytes(most)} was written meanwhile")
         return read.read(chunks, blocks)
 
     @contextmanager
-    def _everything_held(self) -> Iterator[float]:
+    def _everything_held(self) -> Iterator[Held]:
         """Hold all file systems, and read nothing from caches."""
-        with all_held(self._manner, self._folders(FROZEN_KINDS), self._folders(READ_ONLY_KINDS)) as began:
+        self._check_places()
+        with all_held(self._manner, self._folders(FROZEN_KINDS), self._folders(READ_ONLY_KINDS)) as held:
+            self._check_places()
             self._flush_caches()
-            yield began
+            yield held
 
-    def _pause(self, began: float, size: int, *, tracked: bool) -> Pause:
-        pause = Pause(time.monotonic() - began, size, tracked)
+    def _pause(self, held: Held, size: int, *, tracked: bool) -> Pause:
+        pause = Pause(time.monotonic() - held.began, size, tracked)
         self._report(Note(f"they were held for {pause.seconds:.1f} s, and {format_bytes(size)} were read meanwhile"))
         return pause
+
+    def _check_places(self) -> None:
+        """Raise UnavailableError if something else was held, because it is mounted there now."""
+        for each in self.read.values():
+            if each.volume.folder.stat().st_dev != each.device:
+                raise UnavailableError(
+                    f"{each.volume.volume} is not mounted at {each.volume.folder} any more",
+                    hint="Nothing is kept of this backup; run it again.",
+                )
 
     def _flush_caches(self) -> None:
         for path in {each.span.path for each in self.read.values()}:

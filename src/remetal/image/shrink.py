@@ -19,8 +19,8 @@ from remetal.image.restore import Written, restore_image
 from remetal.image.served import served_image
 from remetal.repository.reader import Reader
 from remetal.repository.snapshots import ImageRecord
-from remetal.system.blockdev import Span
-from remetal.system.loop import attach_loop, probe_written
+from remetal.system.blockdev import Span, probe_written
+from remetal.system.loop import attach_loop
 from remetal.system.mounts import mounted
 from remetal.system.run import ProgramFailedError, run
 

@@ -197,9 +197,9 @@ def _capture(
 def _hold(manner: Manner, report: Report) -> Pause:
     """Take the moment where nothing else has to be held still for it."""
     with manner.hooks.quiet(manner.moment.places):
-        with all_held(manner, []) as began:
+        with all_held(manner, []) as held:
             pass
-        pause = Pause(time.monotonic() - began, 0, True)
+        pause = Pause(time.monotonic() - held.began, 0, True)
     report(Note(f"they were held for less than {pause.seconds:.1f} s"))
     return pause
 

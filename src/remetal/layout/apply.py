@@ -40,8 +40,8 @@ from remetal.layout.steps import (
     WriteTable,
 )
 from remetal.ondisk.regions import Piece
-from remetal.system.blockdev import DiskIO, Span, is_block_device, open_disk, reread_partitions
-from remetal.system.loop import attach_loop, probe_written
+from remetal.system.blockdev import DiskIO, Span, is_block_device, open_disk, probe_written, reread_partitions
+from remetal.system.loop import attach_loop
 from remetal.system.mapped import is_left_behind
 from remetal.system.run import ProgramFailedError, need_programs, run
 from remetal.system.standing import is_made_of

@@ -14,8 +14,8 @@ from remetal.layout.making import Making
 from remetal.layout.model import FileSystem
 from remetal.layout.signatures import probe_signature
 from remetal.ondisk.regions import BadStructureError
-from remetal.system.blockdev import Span, open_disk
-from remetal.system.loop import attach_loop, probe_written
+from remetal.system.blockdev import Span, open_disk, probe_written
+from remetal.system.loop import attach_loop
 from remetal.system.run import ProgramFailedError, run
 
 _PLANS: Mapping[str, Callable[[FileSystem, Making | None, int, int], Plan]] = {

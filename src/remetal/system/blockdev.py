@@ -29,6 +29,8 @@ _BLKROGET = 0x125E
 
 PAGE = 4096
 """Alignment in bytes of offsets, lengths and memory that direct I/O may need."""
+_SECTOR = 512
+"""In which sysfs counts, whatever the disk has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +238,24 @@ def flush_cache(path: Path) -> None:
     if is_block_device(path):
         with open_disk(path) as disk:
             _flush_buffers(disk.fd)
+
+
+def probe_written(device: Path) -> int:
+    """Return the bytes that the kernel has written to a block device so far (Documentation/block/stat.rst)."""
+    return int(Path("/sys/class/block", device.name, "stat").read_text().split()[6]) * _SECTOR
+
+
+def find_partition(span: Span) -> Path | None:
+    """Return the device that is a span of a block device: itself, or a partition of it; None if the kernel has none."""
+    if not is_block_device(span.path):
+        return None
+    number = span.path.stat().st_rdev
+    folder = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+    starts = {folder: 0} | {each.parent: int(each.read_text()) * _SECTOR for each in folder.glob("*/start")}
+    for each, start in starts.items():
+        if (start, int((each / "size").read_text()) * _SECTOR) == (span.start, span.size):
+            return Path("/dev", each.name.replace("!", "/"))
+    return None
 
 
 def reread_partitions(path: Path) -> None:

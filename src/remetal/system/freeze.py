@@ -26,59 +26,89 @@ from pathlib import Path
 
 from remetal.errors import RefusedError, RemetalError, UnavailableError
 from remetal.system import watchdog
+from remetal.system.apart import set_apart
 from remetal.system.mounts import find_mount_of
 from remetal.system.run import Process, converse
 
 _IN_MEMORY = (Path("/run"), Path("/dev/shm"))  # noqa: S108 - files without a name
 _LIBC = ctypes.CDLL(None)
+_IMPOSSIBLE = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS})
 _PATIENCE = 10.0
 """Seconds that the watchdog has to begin, and to let go."""
 
 
+class Held:
+    """File systems that are held still since `began`, by time.monotonic()."""
+
+    def __init__(self, dog: Process, limit: float) -> None:
+        self.began = time.monotonic()
+        self._dog = dog
+        self._limit = limit
+
+    def check(self) -> None:
+        """Raise UnavailableError if they have been let go already."""
+        assert self._dog.stdout is not None
+        if select.select([self._dog.stdout], [], [], 0)[0]:
+            raise self.why(_line(self._dog))
+
+    def why(self, said: bytes) -> UnavailableError:
+        """Return what has happened if the watchdog says so."""
+        hint = "Nothing is kept of this backup; run it again."
+        if said.startswith(b"expired"):
+            return UnavailableError(
+                f"the file systems were to be held for longer than {self._limit:g} seconds, and were let go",
+                hint="Nothing is kept of this backup. Back up when less is written, or allow more time: "
+                "--freeze-limit SECONDS.",
+            )
+        if said.startswith(b"lost"):
+            return UnavailableError("somebody else let go of a file system while it was held still", hint=hint)
+        return UnavailableError("the process that watches over what is held still was ended", hint=hint)
+
+
 @contextmanager
-def held_still(folders: Sequence[Path], *, limit: float, read_only: Sequence[Path] = ()) -> Iterator[float]:
+def held_still(folders: Sequence[Path], *, limit: float, read_only: Sequence[Path] = ()) -> Iterator[Held]:
     """Hold the file systems that are mounted at folders still, for at most `limit` seconds.
 
-    Those at `folders` are frozen; those at `read_only`, whose kinds cannot be, are made read-only before. Yields when
-    that began, by time.monotonic(). Raises RefusedError, with nothing left held, if one of them cannot be, or somebody
-    else has frozen it; and UnavailableError at the end of the block if they were not held until then: what was read in
-    the block is then not of one moment. Needs root.
+    Those at `folders` are frozen; those at `read_only`, whose kinds cannot be, are made read-only before. Raises
+    RefusedError, with nothing left held, if one of them cannot be, or somebody else has frozen it; and UnavailableError
+    at the end of the block if they were not held until then: what was read in the block is then not of one moment.
+    Needs root.
     """
     every = [*read_only, *folders]
     with ExitStack() as stack:
         stack.enter_context(writing_in_memory())
         opened: list[int] = []
         for folder in every:
-            opened.append(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            opened.append(_open(folder))
             stack.callback(os.close, opened[-1])
         sync_folders(every)
         dog = stack.enter_context(_watching(opened, len(read_only), limit))
-        held = False
-        began = time.monotonic()
+        held = Held(dog, limit)
+        count = 0
         try:
-            for number, (folder, fd) in enumerate(zip(every, opened, strict=True), 1):
-                _tell(dog, number)
+            for count, (folder, fd) in enumerate(zip(every, opened, strict=True), 1):
+                _tell(dog, count)
                 try:
-                    _hold(folder, fd, freeze=number > len(read_only))
+                    _hold(folder, fd, freeze=count > len(read_only))
                 except RefusedError:
-                    _tell(dog, number - 1)  # it is not ours to let go
+                    count -= 1  # it is not ours to let go
+                    _tell(dog, count)
                     raise
-            yield began
+                held.check()
+            yield held
         finally:
             _tell(dog, watchdog.LET_GO)
-            held = _line(dog) == b"held\n"
-        if not held:
-            raise UnavailableError(
-                f"the file systems were to be held for longer than {limit:g} seconds, and were let go",
-                hint="Nothing is kept of this backup. Back up when less is written, or allow more time: "
-                "--freeze-limit SECONDS.",
-            )
+            said = _line(dog)
+            if not said:  # somebody has ended it
+                watchdog.let_go(opened[: min(count, len(read_only))], opened[len(read_only) : count])
+        if said != b"held\n":
+            raise held.why(said)
 
 
 def sync_folders(folders: Sequence[Path]) -> None:
     """Write what the file systems at these folders still have in memory, so that holding them has less to write."""
     for folder in folders:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = _open(folder)
         try:
             _LIBC.syncfs(fd)
         finally:
@@ -94,6 +124,16 @@ def freezes_nest() -> bool:
     return version is not None and (int(version[1]), int(version[2])) >= (6, 8)
 
 
+def _open(folder: Path) -> int:
+    try:
+        return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise UnavailableError(
+            f"the file system at {folder} cannot be reached any more ({error.strerror})",
+            hint="See whether its disk is still there, and run it again.",
+        ) from error
+
+
 def _hold(folder: Path, fd: int, *, freeze: bool) -> None:
     try:
         if freeze:
@@ -106,6 +146,11 @@ def _hold(folder: Path, fd: int, *, freeze: bool) -> None:
             why, hint = "somebody has frozen it already", "If nobody is at it: fsfreeze --unfreeze PLACE."
         elif error.errno == errno.EBUSY:
             why, hint = "a file on it is open for writing", f"See who has it open: fuser -vm {folder}"
+        elif error.errno not in _IMPOSSIBLE:
+            why, hint = (
+                "it does not work as it should",
+                f"See what the kernel says of it (dmesg), and whether {folder} can be written to.",
+            )
         raise RefusedError(
             f"the file system at {folder} cannot be held still: {why} ({error.strerror})", hint=hint
         ) from error
@@ -136,6 +181,7 @@ def writing_in_memory() -> Iterator[None]:
 def _watching(opened: Sequence[int], read_only: int, limit: float) -> Iterator[Process]:
     argv = [sys.executable, "-I", "-S", watchdog.__file__, str(limit), str(read_only), *map(str, opened)]
     with converse(argv, pass_fds=opened) as dog:
+        set_apart(dog.pid)
         if _line(dog) != b"ready\n":
             raise RemetalError("what has to let the file systems go did not start; nothing was held")
         yield dog
@@ -144,7 +190,7 @@ def _watching(opened: Sequence[int], read_only: int, limit: float) -> Iterator[P
 def _tell(dog: Process, what: int) -> None:
     assert dog.stdin is not None
     with suppress(BrokenPipeError):
-        os.write(dog.stdin.fileno(), bytes([what]))
+        os.write(dog.stdin.fileno(), what.to_bytes(watchdog.NUMBER, "little"))
 
 
 def _line(dog: Process) -> bytes:

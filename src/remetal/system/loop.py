@@ -90,8 +90,3 @@ def open_device(span: Span, *, writable: bool = False) -> Iterator[Path]:
         return
     with attach_loop(span, writable=writable) as device:
         yield device
-
-
-def probe_written(device: Path) -> int:
-    """Return the bytes that the kernel has written to a block device so far (Documentation/block/stat.rst)."""
-    return int(Path("/sys/class/block", device.name, "stat").read_text().split()[6]) * 512

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 
 from remetal.errors import RemetalError
 from remetal.system import keeper
+from remetal.system.apart import set_apart
 from remetal.system.limited import own_environment
 from remetal.system.run import Argv, Process, converse, resolve_program
 
@@ -50,6 +51,7 @@ def promised(
         "commands": [resolve_program(argv) for argv in commands],
     }
     with converse([sys.executable, "-I", "-S", keeper.__file__]) as process:
+        set_apart(process.pid)
         assert process.stdin is not None
         assert process.stdout is not None
         with suppress(BrokenPipeError):

@@ -18,7 +18,7 @@ import re
 import threading
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from remetal.errors import RefusedError, RemetalError
@@ -35,7 +35,8 @@ _LOST = re.compile(r"^(?:overrun|commit overrun|dropped events): (\d+)$", re.MUL
 _TAKEN = re.compile(r"^read events: (\d+)$", re.MULTILINE)
 _READS = ("R", "RA", "RS", "RM", "RSM", "RAM", "RAS")
 _SECTOR = 512
-_BUFFER = 8 * MIB
+_BUFFER, _BUFFERS = 8 * MIB, 256 * MIB
+"""Of the kernel's buffer for each processor, and for all of them."""
 _PAUSE = 0.05
 _PREFIX = "remetal-"
 _PIECE = 64 * KIB
@@ -174,24 +175,23 @@ def tracked(spans: Mapping[str, Span], grain: int) -> Iterator[WriteTracker]:
     _remove_old()
     folder = TRACING / "instances" / f"{_PREFIX}{os.getpid()}-{threading.get_ident()}"
     places = {name: (_number_of(span), span.start, span.size) for name, span in spans.items()}
-    try:
-        folder.mkdir()
-    except OSError as error:
-        raise RefusedError(
-            f"the kernel does not tell what is written ({error.strerror})",
-            hint="It needs root, and tracefs at /sys/kernel/tracing; a kernel that is locked down (confidentiality) "
-            "never tells.",
-        ) from error
-    try:
-        tracker = WriteTracker(folder, places, grain, _begin(folder, spans.values()))
+    with ExitStack() as stack:
+        try:
+            folder.mkdir()
+            stack.callback(_remove, folder)
+            events = _begin(folder, spans.values())
+        except OSError as error:
+            raise RefusedError(
+                f"the kernel does not tell what is written ({error.strerror})",
+                hint="It needs root, and tracefs at /sys/kernel/tracing; a kernel that is locked down "
+                "(confidentiality) never tells.",
+            ) from error
+        tracker = WriteTracker(folder, places, grain, events)
         try:
             yield tracker
         finally:
             (folder / "tracing_on").write_text("0")
             tracker.close()
-    finally:
-        with suppress(OSError):
-            folder.rmdir()
 
 
 def can_track(device: Path) -> bool:
@@ -216,7 +216,8 @@ def _events_of(number: int) -> tuple[str, ...]:
 
 def _begin(folder: Path, spans: Collection[Span]) -> Collection[str]:
     """Begin to record, and return which events are."""
-    (folder / "buffer_size_kb").write_text(str(_BUFFER // KIB))
+    buffer = min(_BUFFER, _BUFFERS // (os.cpu_count() or 1))
+    (folder / "buffer_size_kb").write_text(str(buffer // KIB))
     disks: defaultdict[str, set[int]] = defaultdict(set)
     for span in spans:
         for event in _events_of(span.path.stat().st_rdev):
@@ -237,10 +238,14 @@ def _number_of(span: Span) -> int:
     return os.major(number) << 20 | os.minor(number)
 
 
+def _remove(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def _remove_old() -> None:
     """Remove what processes left that were killed."""
     for folder in (TRACING / "instances").glob(f"{_PREFIX}*"):
         process = folder.name.removeprefix(_PREFIX).partition("-")[0]
         if not Path("/proc", process).exists():
-            with suppress(OSError):
-                folder.rmdir()
+            _remove(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,9 +13,10 @@ from remetal.image.live import FROZEN_KINDS, READ_ONLY_KINDS, SMALL
 from remetal.layout.disks import Use
 from remetal.layout.model import FileSystem, SpaceId
 from remetal.layout.probe import Probed
-from remetal.layout.uses import holds
+from remetal.layout.uses import holds, numbers_of_mount
 from remetal.system.blockdev import is_block_device
 from remetal.system.freeze import writing_in_memory
+from remetal.system.mounts import find_mount_of
 from remetal.system.tracing import can_track
 from remetal.workflows.stores import OpenedStore
 
@@ -35,6 +37,7 @@ class VolumesInUse:
             and isinstance(layer, FileSystem)
             and (layer.type in FROZEN_KINDS or (layer.type in READ_ONLY_KINDS and layer.size <= SMALL))
             and is_block_device(Path(use.base))
+            and _leads_to(Path(use.where), use)
         )
         if live:
             self.folders.setdefault(space, Path(use.where))
@@ -65,3 +68,8 @@ class VolumesInUse:
 
     def _holds(self, path: Path) -> bool:
         return any(holds(folder, path) for folder in self.folders.values())
+
+
+def _leads_to(folder: Path, use: Use) -> bool:
+    """Whether what is mounted at a folder is what uses the volume, and not something else that was mounted over it."""
+    return Path(use.device).stat().st_rdev in {os.makedev(*each) for each in numbers_of_mount(find_mount_of(folder))}

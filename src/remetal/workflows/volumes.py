@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from remetal.errors import UnavailableError
 from remetal.events import Report, Step
 from remetal.image.capture import capture_bytes, capture_volume
 from remetal.image.extents import probe_used, probe_used_spanning
@@ -17,7 +18,7 @@ from remetal.layout.model import Captured, FileSystem, Layout, Raw, SpaceId
 from remetal.layout.opened import span_of
 from remetal.repository.session import Session
 from remetal.repository.snapshots import ImageRecord
-from remetal.system.blockdev import Span
+from remetal.system.blockdev import Span, find_partition, probe_written
 from remetal.units import format_bytes
 from remetal.workflows.leftout import LeavingOut
 
@@ -60,15 +61,35 @@ class VolumeCapture:
         self.ways: dict[SpaceId, Way] = {}
 
     def run(self, policy: Policy) -> tuple[Sequence[ImageRecord], Pause | None]:
-        """Capture everything that has an image; what is live may be read from snapshots as the policy says."""
+        """Capture everything that has an image; what is live may be read from snapshots as the policy says.
+
+        Raises UnavailableError if somebody has written to what is not, which nobody was seen to use.
+        """
         images: list[ImageRecord] = []
         pause: Pause | None = None
+        rest = [each for each in self.layout.captured() if each.volume not in self.live]
+        written = self._count_written(each.volume for each in rest if each.volume not in self.volume_keys)
         if self.live:
             self.leaving.rehearse(self.live)
             volumes = [self._live_volume(each) for each in self.layout.captured() if each.volume in self.live]
             images, pause, self.ways = capture_mounted(self.session, volumes, policy, self.manner, self.report)
-        rest = (each for each in self.layout.captured() if each.volume not in self.live)
-        return [*images, *map(self._capture, rest)], pause
+        images += map(self._capture, rest)
+        self._check_rest(written)
+        return images, pause
+
+    def _count_written(self, volumes: Iterable[SpaceId]) -> dict[SpaceId, tuple[Path, int]]:
+        """Return the devices of volumes, where they have one of their own, and how many bytes were written to each."""
+        devices = {volume: find_partition(self._span(volume)) for volume in volumes}
+        return {volume: (device, probe_written(device)) for volume, device in devices.items() if device is not None}
+
+    def _check_rest(self, before: Mapping[SpaceId, tuple[Path, int]]) -> None:
+        for volume, (device, written) in before.items():
+            if probe_written(device) != written:
+                raise UnavailableError(
+                    f"a program has written to {volume} ({device}) while it was captured, which is not mounted here",
+                    hint=f"See who uses it (fuser -v {device}): a virtual machine, a container, a pool? Nothing is "
+                    "kept of this backup. Stop that and run it again, or back up from the recovery medium.",
+                )
 
     def volumes(self, images: Sequence[ImageRecord]) -> tuple[CapturedVolume, ...]:
         """Return how the volumes of these images were captured."""

@@ -17,8 +17,8 @@ from remetal.layout.making import BtrfsMaking
 from remetal.layout.model import FileSystem, Part, SpaceId
 from remetal.ondisk.btrfs import Allocation, BtrfsSuperblock, parse_btrfs, read_allocation
 from remetal.ondisk.regions import BadStructureError
-from remetal.system.blockdev import Span, open_disk
-from remetal.system.loop import attach_loop, probe_written
+from remetal.system.blockdev import Span, open_disk, probe_written
+from remetal.system.loop import attach_loop
 from remetal.system.mounts import mounted
 from remetal.system.run import run
 from remetal.units import GIB, MIB, align_down, align_up, format_bytes

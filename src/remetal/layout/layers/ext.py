@@ -6,8 +6,8 @@ from remetal.layout.layers.contract import Content
 from remetal.layout.making import describe_ext
 from remetal.layout.model import FileSystem
 from remetal.ondisk.ext import count_in_blocks, parse_ext
-from remetal.system.blockdev import Span, open_disk
-from remetal.system.loop import attach_loop, probe_written
+from remetal.system.blockdev import Span, open_disk, probe_written
+from remetal.system.loop import attach_loop
 from remetal.system.run import run
 from remetal.units import align_down
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from remetal.layout.layers.contract import Content
 from remetal.layout.model import FileSystem
 from remetal.ondisk.f2fs import parse_f2fs
-from remetal.system.blockdev import Span, flush_cache, open_disk
-from remetal.system.loop import attach_loop, probe_written
+from remetal.system.blockdev import Span, flush_cache, open_disk, probe_written
+from remetal.system.loop import attach_loop
 from remetal.system.mounts import mounted
 from remetal.system.run import run
 from remetal.units import align_down

@@ -16,8 +16,8 @@ from remetal.layout.model import LogicalVolume, PhysicalVolume, SpaceId, VolumeG
 from remetal.ondisk import lvm as ondisk
 from remetal.ondisk.lvm_config import format_config
 from remetal.ondisk.regions import BadStructureError
-from remetal.system.blockdev import Span, open_disk
-from remetal.system.loop import attach_loop, probe_written
+from remetal.system.blockdev import Span, open_disk, probe_written
+from remetal.system.loop import attach_loop
 from remetal.system.mapped import (
     claimed_device,
     drop_left_behind,

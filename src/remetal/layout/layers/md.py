@@ -14,8 +14,8 @@ from remetal.layout.layers.md_sizes import STRIPED, extensible_devices, is_start
 from remetal.layout.model import ArrayMember, MdArray, SpaceId
 from remetal.ondisk.md import MdSuperblock, array_size, layout_name, level_name, parse_md
 from remetal.ondisk.regions import BadStructureError
-from remetal.system.blockdev import Span, open_disk, probe_geometry
-from remetal.system.loop import attach_loop, probe_written
+from remetal.system.blockdev import Span, open_disk, probe_geometry, probe_written
+from remetal.system.loop import attach_loop
 from remetal.system.mapped import claimed_device, drop_mapping, find_arrays, is_left_behind, is_started, stop_array
 from remetal.system.run import Argv, ProgramFailedError, ProgramMissingError, run
 from remetal.system.standing import stands_on

@@ -6,8 +6,8 @@ from remetal.layout.layers.contract import Content
 from remetal.layout.model import Swap
 from remetal.ondisk.regions import BadStructureError
 from remetal.ondisk.swap import SwapHeader, parse_swap
-from remetal.system.blockdev import Span, open_disk
-from remetal.system.loop import attach_loop, probe_written
+from remetal.system.blockdev import Span, open_disk, probe_written
+from remetal.system.loop import attach_loop
 from remetal.system.run import run
 
 TYPES: tuple[str, ...] = ("swap", "swsuspend")
