@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from remetal.errors import RefusedError
+from remetal.layout import disks
 from remetal.layout.disks import check_capturable, describe_use, find_disks, find_system_disks
 from remetal.layout.model import Layout
 from remetal.layout.plan import PlanOptions, plan_restore
@@ -18,7 +19,7 @@ from remetal.layout.targets import probe_target
 from remetal.layout.uses import Use, disks_of_number
 from remetal.system.blockdev import Span
 from remetal.system.loop import attach_loop
-from remetal.system.mounts import mounted
+from remetal.system.mounts import mounted, parse_mountinfo
 from tests.real_disks import MIB, blank, fill, program
 
 START, SECTORS = 2048, 40960
@@ -131,3 +132,13 @@ def test_disks_of_this_machine() -> None:
         return
     assert set(system) <= set(find_disks())
     assert {path.name for path in system} >= disks_behind(Path("/")) & names
+
+
+def test_a_root_that_is_no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container, whose disks are its host's."""
+    text = "22 1 0:44 / / rw,relatime - overlay overlay rw,lowerdir=/l,upperdir=/u,workdir=/w\n"
+    monkeypatch.setattr(disks, "probe_mounts", lambda: parse_mountinfo(text))
+    monkeypatch.setattr(disks, "probe_swaps", list)
+    with pytest.raises(RefusedError, match="its root is of the kind overlay") as raised:
+        find_system_disks()
+    assert "run remetal there" in raised.value.hint

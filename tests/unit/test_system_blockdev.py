@@ -264,3 +264,22 @@ def test_a_block_device_has_no_holes(tmp_path: Path) -> None:
         file.truncate(MIB)
     with attach_loop(Span(path, 0, MIB)) as device, open_disk(device) as disk:
         assert not disk.is_hole(0, MIB)
+
+
+def open_disk_as(user: int, patch: pytest.MonkeyPatch, path: Path) -> None:
+    """Open a disk, which the kernel refuses."""
+
+    def refuse(*words: object) -> int:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    patch.setattr(os, "geteuid", lambda: user)
+    patch.setattr(os, "open", refuse)
+    with open_disk(path):
+        pytest.fail("it was opened")
+
+
+def test_where_root_may_not_open_a_disk_it_is_told_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for user, words in ((0, "a container"), (1000, "as root")):
+        with monkeypatch.context() as patch, pytest.raises(RefusedError) as raised:
+            open_disk_as(user, patch, tmp_path / "disk")
+        assert words in raised.value.hint

@@ -78,7 +78,12 @@ def find_system_disks() -> list[Path]:
     own = {covered.get(name, name) for name in names}
     disks = [_device(name) for name in find_disk_names() if name in own]
     if not disks:
-        raise RefusedError("the running system uses no disk of its own", hint="Name the disks to back up with --disk.")
+        on = next((mount.kind for mount in reversed(probe_mounts()) if mount.target == Path("/")), "")
+        where = f": its root is of the kind {on}, as in a container or a live system" if on else ""
+        raise RefusedError(
+            f"the running system uses no disk of its own{where}",
+            hint="Name the disks to back up with --disk; those of a container are its host's, so run remetal there.",
+        )
     return disks
 
 

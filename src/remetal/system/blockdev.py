@@ -215,7 +215,7 @@ def open_disk(path: Path, *, writable: bool = False, direct: bool = False) -> It
     except OSError as error:
         raise RefusedError(
             f"cannot open the disk {path}: {os.strerror(error.errno or 0)}",
-            hint="remetal needs to run as root." if error.errno in {errno.EACCES, errno.EPERM} else "",
+            hint=_who_may_open() if error.errno in {errno.EACCES, errno.EPERM} else "",
         ) from error
     try:
         if direct and is_block_device(path) and not writable:
@@ -226,6 +226,12 @@ def open_disk(path: Path, *, writable: bool = False, direct: bool = False) -> It
             disk.sync()
     finally:
         os.close(fd)
+
+
+def _who_may_open() -> str:
+    if os.geteuid():
+        return "remetal needs to run as root."
+    return "Root may not, so this is a container, or a service that is confined: run remetal on its host."
 
 
 def aligned_buffer(size: int) -> memoryview:
