@@ -11,7 +11,7 @@ from remetal.layout.model import Disk, FileSystem, GptTable, Layout, Luks, MbrTa
 from remetal.layout.sameness import are_paths
 from remetal.layout.uses import Use, describe_use, disks_of_number, numbers_of_mount, probe_swaps
 from remetal.system.blockdev import is_block_device, open_disk
-from remetal.system.mounts import probe_mounts
+from remetal.system.mounts import find_mount_of, probe_mounts
 
 _NO_DISKS = ("loop", "ram", "zram", "sr", "fd", "dm-", "md", "nbd", "mtdblock")
 _SYSTEM_PLACES = frozenset({"/", "/usr", "/boot", "/boot/efi", "/efi", "/var", "/home", "/opt", "/srv"})
@@ -62,13 +62,16 @@ def describe_stand_in(path: Path, sys: Path = SYS) -> str:
     return f"it is {what} {_device(stand_in)}, which is to be named in its place"
 
 
-def find_system_disks() -> list[Path]:
+def find_system_disks(repository: Path | None = None) -> list[Path]:
     """Return the disks that the running system uses: those under its own mounts, those in fstab, and its swap.
 
-    A disk that somebody mounted by hand, such as the one with the repository, is not among them. Raises
-    RefusedError if there is none: a recovery medium runs from memory.
+    A disk that somebody mounted by hand is not among them, nor one that is in fstab because the folder `repository` is
+    mounted from it. Raises RefusedError if there is none: a recovery medium runs from memory.
     """
-    places = _SYSTEM_PLACES | set(_fstab_places())
+    places = set(_fstab_places())
+    if repository is not None:
+        places.discard(str(find_mount_of(repository).target))
+    places |= _SYSTEM_PLACES
     numbers = {number for mount in probe_mounts() if str(mount.target) in places for number in numbers_of_mount(mount)}
     names = {disk for number in numbers for disk in disks_of_number(number)}
     for swap in probe_swaps():

@@ -131,9 +131,9 @@ def _back_up(
     request: BackupRequest, machine: str, hooks: Hooks, report: Report, ask: AskPassphrase | None
 ) -> BackupResult:
     began = time.monotonic()
-    disks = request.disks or tuple(find_system_disks())
     # The repository comes first: where it has to be mounted, its disk is then seen to be in use.
     with opened_store(request.repository, rate=request.limits.store) as opened:
+        disks = request.disks or tuple(find_system_disks(opened.folder))
         repository = open_repository(opened.store)
         report(Step(f"Looking at {', '.join(map(str, disks))}"))
         remove_left_behind(report)
