@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -77,6 +78,7 @@ def test_a_disk_in_use_comes_back(site: Site, device: Path, folder: Path, tmp_pa
     (folder / "more").write_bytes(os.urandom(MIB))
     second = site.remetal("backup", "--disk", device)
     assert "File systems were held still for" in second.out
+    assert re.search(rf"^{device.name} +ext4 +.* MiB +while in use, then held still", second.out, re.MULTILINE)
     assert "Holding" in second.err
     target = tmp_path / "target.img"
     site.remetal("restore", "latest", "--map", target, "--yes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
@@ -14,14 +15,22 @@ from remetal.applications.settings import HOOKS, find_hooks
 from remetal.cli.luks_options import LuksKeyFiles, LuksPassphrases, find_asker, read_luks_keys
 from remetal.cli.options import Output, Repo
 from remetal.cli.output import print_result, reporting
-from remetal.cli.tables import escape
+from remetal.cli.tables import escape, new_table
 from remetal.errors import UsageError
 from remetal.ids import short
-from remetal.image.snapshots import Policy
+from remetal.image.snapshots import Policy, Way
 from remetal.storage import parse_rate
 from remetal.system.priority import IoClass
 from remetal.units import format_bytes, format_duration, format_rate
 from remetal.workflows.backup import FREEZE_LIMIT, BackupRequest, Limits, back_up
+
+_WAYS: Mapping[Way, str] = {
+    "snapshot": "from an LVM snapshot",
+    "tracked": "while in use, then held still for what was written",
+    "held": "while in use, then held still and read again",
+    "read-only": "while read-only",
+    "at rest": "at rest",
+}
 
 
 @Parameter(name="*", group=Group("Limits", sort_key=50))
@@ -199,9 +208,13 @@ def backup(
         "volumes": [asdict(each) for each in result.volumes],
     }
     paused = "" if result.pause is None else f" File systems were held still for {result.pause:.1f} s."
+    table = new_table("volume", "holds", ">in use", "read")
+    for each in result.volumes:
+        table.add_row(escape(each.volume), escape(each.kind), format_bytes(each.used), _WAYS[each.way])
     print_result(
         output,
         record,
+        *([table] if result.pause is not None else []),
         f"Snapshot {short(snapshot.id)} of {escape(snapshot.machine)}: {format_bytes(result.used)} captured in "
         f"{format_duration(result.seconds)} ({format_rate(result.used, result.seconds)}), "
         f"{format_bytes(result.stored)} newly stored.{paused}",
