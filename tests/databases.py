@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab.live.clients import postgresql_tool
 from tests.servers import free_port
 
 
@@ -47,11 +48,6 @@ def as_postgres(argv: Sequence[str | Path]) -> str:
         argv, user="postgres", group="postgres", extra_groups=[], cwd="/", check=True, stdout=subprocess.PIPE, text=True
     )
     return done.stdout
-
-
-def postgresql_tool(name: str) -> Path:
-    """Return a program of the newest PostgreSQL that is installed."""
-    return max(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), key=lambda each: int(each.parts[4]))
 
 
 @contextmanager

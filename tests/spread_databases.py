@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lab.live.clients import need_whole_tables
+from lab.live.clients import need_whole_tables, postgresql_tool
 from lab.live.ledger import QUESTION, Shell, set_up
 from tests.databases import (
     Cluster,
     MariaServer,
     as_postgres,
-    postgresql_tool,
     running_mariadb,
     running_postgresql,
 )

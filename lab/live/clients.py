@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from lab.live.cases import LiveCase
 from lab.live.ledger import QUESTION, Shell, set_up
@@ -13,10 +14,14 @@ _PLACES = {
     "postgresql": ("", "TABLESPACE space"),
     "mariadb": ("ENGINE=InnoDB", "ENGINE=InnoDB DATA DIRECTORY='/space/tables'"),
 }
-_NOISE = {
-    "postgresql": "INSERT INTO noise SELECT repeat(md5(random()::text), 40) FROM generate_series(1, 50);",
-    "mariadb": "INSERT INTO noise SELECT REPEAT(MD5(RAND()), 40) FROM seq_1_to_50;",
-}
+_NOISE = "INSERT INTO noise SELECT REPEAT(MD5(RAND()), 40) FROM seq_1_to_50;"
+_SCALE = 3
+"""How many hundred thousand accounts pgbench has."""
+
+
+def postgresql_tool(name: str) -> Path:
+    """Return a program of the newest PostgreSQL that is installed."""
+    return max(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), key=lambda each: int(each.parts[4]))
 
 
 def find_shell(case: LiveCase, port: int) -> Shell:
@@ -31,30 +36,48 @@ def ask(shell: Shell, text: str) -> str:
     return subprocess.run(shell, input=text, check=True, capture_output=True, text=True, timeout=600).stdout
 
 
-def make_tables(case: LiveCase, shell: Shell, clients: int) -> None:
-    """Make the tables of the ledger, and one for noise."""
-    ask(shell, set_up(clients, places=_PLACES[case.database]) + "CREATE TABLE noise (filler text);")
+def make_tables(case: LiveCase, shell: Shell, port: int, clients: int) -> None:
+    """Make the tables of the ledger, and those for noise."""
+    ask(shell, set_up(clients, places=_PLACES[case.database]))
+    if case.database == "postgresql":
+        subprocess.run([*_pgbench(port), "-i", "-q", "-s", str(_SCALE)], check=True, capture_output=True, timeout=1800)
+    else:
+        ask(shell, "CREATE TABLE noise (filler text);")
 
 
 @contextmanager
-def making_noise(case: LiveCase, shell: Shell) -> Iterator[None]:
-    """Let one more client insert what hardly compresses, as fast as it can, until the block is left."""
+def making_noise(case: LiveCase, shell: Shell, port: int) -> Iterator[None]:
+    """Let others write as fast as they can until the block is left: pgbench, or who inserts what hardly compresses."""
     quiet = subprocess.DEVNULL
-    with (
-        subprocess.Popen(["yes", _NOISE[case.database]], stdout=subprocess.PIPE) as statements,
-        subprocess.Popen(shell, stdin=statements.stdout, stdout=quiet, stderr=quiet) as client,
-    ):
-        try:
-            yield
-        finally:
-            statements.kill()
-            client.kill()
+    with ExitStack() as stack:
+        if case.database == "postgresql":
+            argv, source = [*_pgbench(port), "-n", "-c", "2", "-T", "36000"], None
+        else:
+            statements = stack.enter_context(subprocess.Popen(["yes", _NOISE], stdout=subprocess.PIPE))
+            stack.callback(statements.kill)
+            argv, source = [*shell], statements.stdout
+        client = stack.enter_context(subprocess.Popen(argv, stdin=source, stdout=quiet, stderr=quiet))
+        stack.callback(client.kill)
+        yield
+        assert client.poll() is None, f"{argv[0]} has ended by itself"
+
+
+def _pgbench(port: int) -> list[str]:
+    return [str(postgresql_tool("pgbench")), "-h", "127.0.0.1", "-p", str(port), "-U", "postgres", "postgres"]
 
 
 def look_for_damage(case: LiveCase, port: int) -> str:
     """Let the database's own tool look at every table; return what it is. Raises CalledProcessError."""
     if case.database == "postgresql":
-        argv = ["pg_amcheck", "--heapallindexed", "--install-missing", "-h", "127.0.0.1", "-p", str(port)]
+        argv = [
+            str(postgresql_tool("pg_amcheck")),
+            "--heapallindexed",
+            "--install-missing",
+            "-h",
+            "127.0.0.1",
+            "-p",
+            str(port),
+        ]
         subprocess.run([*argv, "-U", "postgres", "postgres"], check=True, capture_output=True, timeout=900)
         return "pg_amcheck"
     argv = ["mariadb-check", "--no-defaults", "-h127.0.0.1", f"-P{port}", "-uroot", "--extended"]

@@ -35,13 +35,15 @@ class Kills:
 def kill_while_held(work: Path, seed: int) -> Kills:
     """Kill backups of a file system in use at random moments while they hold it, and write to it each time.
 
-    Raises AssertionError if one that was killed is listed, TimeoutExpired if somebody waited for longer than LIMIT.
+    Every other one is killed in the hold that counts, the rest in the one before it. Raises AssertionError if one that
+    was killed is listed, TimeoutExpired if somebody waited for longer than LIMIT.
     """
     dice = random.Random(seed)
     longest = 0.0
     program = Program(work, _make_slow(work))
     with fresh_disk(work / "disk.img", _SIZE) as device, mounted(device) as folder:
         for number in range(KILLS):
+            (work / "hold").write_text(str(number % 2 + 1))
             longest = max(longest, _kill_one(program, work, device, folder, dice.uniform(0, LIMIT / 2)))
             assert json.loads(program.run("snapshots", "--json")) == [], (
                 f"the backup that was killed as number {number}"
@@ -54,7 +56,8 @@ def kill_while_held(work: Path, seed: int) -> Kills:
 def _kill_one(program: Program, work: Path, device: Path, folder: Path, after: float) -> float:
     """Kill a backup some seconds after it has begun to hold, and return for how long a writer waits after that."""
     begun = work / "begun"
-    begun.unlink(missing_ok=True)
+    for each in (begun, work / "looks"):
+        each.unlink(missing_ok=True)
     with program.start("backup", "--disk", device, "--freeze-limit", str(LIMIT)) as process:
         while not begun.exists():
             assert process.poll() is None, "the backup ended before it held anything"
@@ -67,10 +70,17 @@ def _kill_one(program: Program, work: Path, device: Path, folder: Path, after: f
 
 
 def _make_slow(work: Path) -> Path:
-    """Return a folder with a dumpe2fs that takes longer than the limit, and tells when it was started."""
+    """Return a folder with a dumpe2fs that takes longer than the limit, and tells when it has begun to.
+
+    It does so in the hold of the number that stands in a file.
+    """
     tools = work / "tools"
     tools.mkdir()
     slow = tools / "dumpe2fs"
-    slow.write_text(f'#!/bin/sh\n: > {work}/begun\nsleep {2 * LIMIT}\nexec {find_program("dumpe2fs")} "$@"\n')
+    slow.write_text(
+        f"#!/bin/sh\ncd {work}; echo >> looks\n"
+        f"[ $(wc -l < looks) != $(cat hold) ] || {{ : > begun; sleep {2 * LIMIT}; }}\n"
+        f'exec {find_program("dumpe2fs")} "$@"\n'
+    )
     slow.chmod(0o755)
     return tools

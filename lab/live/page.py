@@ -10,7 +10,7 @@ from lab.live import PAIRS, ROUNDS
 from lab.live.cases import CASES, FOLDERS
 from lab.live.kills import LIMIT, Kills
 from lab.live.pause import Held
-from lab.live.run import CLIENTS, FREEZE_LIMIT, Seen
+from lab.live.run import CLIENTS, FREEZE_LIMIT, GENTLE, Seen
 from remetal.units import format_bytes
 
 PAGE = CHECKOUT / "docs" / "reference" / "live.md"
@@ -20,11 +20,12 @@ _HEAD = f"""# Machines that are backed up while they work
 This page is made by `make test-live` from what it has seen. Each machine is a virtual one with Debian's own kernel, on
 an emulated processor, so every time is much longer than on a real one. Its database keeps its files, its log and one
 table on three volumes, which stand on different things. {CLIENTS} clients outside of the machine commit one transaction
-after the other, each in two tables, and write down which were acknowledged; another one inserts as fast as it can.
-Meanwhile `remetal backup --freeze-limit {FREEZE_LIMIT}` is run twice, on all that the machine uses. Then the machine is
-switched off, its disks are wiped, the recovery medium restores them by itself, and the machine starts.
+after the other, each in two tables, and write down which were acknowledged; pgbench (or, for MariaDB, who inserts as
+fast as it can) works beside them. Meanwhile `remetal backup --freeze-limit {FREEZE_LIMIT}` is run on all that the
+machine uses: into an empty repository, gently (`{GENTLE}`) into another one, and into the first one again. Then the
+machine is switched off, its disks are wiped, the recovery medium restores them by itself, and the machine starts.
 
-What came back has to be every transaction that was acknowledged when the second backup began, none that was sent after
+What came back has to be every transaction that was acknowledged when the last backup began, none that was sent after
 its end, and of each client the first ones without a gap, in both tables; the database's own tool has to find no damage,
 and systemd no unit that failed.
 """
@@ -32,7 +33,7 @@ and systemd no unit that failed.
 _TAIL = """
 ## Killed, and compared
 
-- {kills.count} backups were killed (SIGKILL) at random moments while they held a file system, with a limit of
+- {kills.count} backups were killed (SIGKILL) at random moments in one of the two holds, with a limit of
   {limit:.0f} s. Who wrote there waited for {kills.longest:.1f} s at most after that; none of the backups is listed.
 - {backups} backups were made of an ext4 on which {rate} a second were written, at random places and made durable each
   second: it was held for {held:.2f} s in the median, and for {most:.2f} s at most.
@@ -45,10 +46,22 @@ _TAIL = """
 
 def render_page(seen: Sequence[Seen], kills: Kills, held: Held) -> str:
     """Return the page as Markdown, once ROUNDS of each of the PAIRS were compared and nothing was missed."""
-    places = (*(f"/{folder} on" for folder in FOLDERS), "in use", "held for", "took")
-    rates = ("a second before", "meanwhile", "longest wait", "acknowledged", "came back", "sent", "checked by")
+    places = (*(f"/{folder} on" for folder in FOLDERS), "in use", "held for", "took", "gently")
+    rates = (
+        "a second before",
+        "meanwhile",
+        "gently",
+        "longest wait",
+        "acknowledged",
+        "came back",
+        "sent",
+        "checked by",
+    )
     parts = [_HEAD, "## Backups\n", *_table(["machine", "database", *places], map(_backup, seen)), ""]
-    parts += ["## Transactions\n", *_table(["machine", *rates], map(_transactions, seen))]
+    parts += [
+        "## Transactions: how many a second, and how many came back\n",
+        *_table(["machine", *rates], map(_transactions, seen)),
+    ]
     tail = _TAIL.format(
         kills=kills,
         limit=LIMIT,
@@ -65,12 +78,12 @@ def render_page(seen: Sequence[Seen], kills: Kills, held: Held) -> str:
 def _backup(seen: Seen) -> list[str]:
     case = next(each for each in CASES if each.name == seen.case)
     places = [f"{place.kind}, {place.on}" for place in case.places]
-    figures = [format_bytes(seen.used), f"{seen.pause:.1f} s", f"{seen.seconds:.0f} s"]
+    figures = [format_bytes(seen.used), f"{seen.pause:.1f} s", f"{seen.seconds:.0f} s", f"{seen.gentle_seconds:.0f} s"]
     return [seen.case, f"{case.database}, Debian {case.suite}", *places, *figures]
 
 
 def _transactions(seen: Seen) -> list[str]:
-    rates = [f"{seen.before:.1f}", f"{seen.during:.1f}", f"{seen.waited:.1f} s"]
+    rates = [f"{seen.before:.1f}", f"{seen.during:.1f}", f"{seen.gently:.1f}", f"{seen.waited:.1f} s"]
     return [seen.case, *rates, str(seen.least), str(seen.found), str(seen.most), seen.checked_by]
 
 

@@ -26,7 +26,9 @@ from remetal.vm.qemu import start_machine
 CLIENTS = 3
 FREEZE_LIMIT = 60
 """Seconds for which an emulated machine may be held."""
-_DATA, _VAULT = 2560 * MIB, 3 * GIB
+GENTLE = "--limit-read 8M --nice 19 --ionice idle"
+"""How a backup is told to leave an emulated machine to others."""
+_DATA, _VAULT = 2560 * MIB, 5 * GIB
 _SAMPLE = 20.0
 """Seconds in which transactions are counted before the backup."""
 
@@ -41,8 +43,9 @@ pause = 1
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What came of a case. Times in seconds, sizes in bytes, `before` and `during` in transactions a second.
+    """What came of a case. Times in seconds, sizes in bytes.
 
+    Transactions a second: `before`, `during` the first backup of everything, and during another one that was `gentle`.
     `least` transactions had been acknowledged when the last backup began, `most` were sent before it ended, and
     `found` are those that came back: of all clients together. `waited` is the longest that one of them waited.
     """
@@ -50,10 +53,12 @@ class Seen:
     case: str
     pause: float
     seconds: float
+    gentle_seconds: float
     used: int
     stored: int
     before: float
     during: float
+    gently: float
     waited: float
     least: int
     found: int
@@ -63,14 +68,16 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class _Backup:
-    """What was told of the two backups, what each client had acknowledged and sent around the second, and the rates."""
+    """What was told of the backups, what each client had acknowledged and sent around the last, and the rates."""
 
     first: dict[str, Any]
+    gentle: dict[str, Any]
     second: dict[str, Any]
     acknowledged: tuple[int, ...]
     sent: tuple[int, ...]
     before: float
     during: float
+    gently: float
     waited: float
 
 
@@ -112,10 +119,12 @@ def run_case(case: LiveCase, work: Path, medium: Path, report: Report) -> Seen:
         case=case.name,
         pause=backup.second["pause"],
         seconds=backup.first["seconds"],
+        gentle_seconds=backup.gentle["seconds"],
         used=backup.first["used"],
         stored=backup.first["stored"],
         before=backup.before,
         during=backup.during,
+        gently=backup.gently,
         waited=backup.waited,
         least=sum(backup.acknowledged),
         found=sum(found.values()),
@@ -125,7 +134,7 @@ def run_case(case: LiveCase, work: Path, medium: Path, report: Report) -> Seen:
 
 
 def _back_up(case: LiveCase, guest: Guest, report: Report) -> _Backup:
-    """Set the machine to work, and back it up twice, all of it; one that is emulated is held for longer than others."""
+    """Set the machine to work, and back it up, all of it; one that is emulated is held for longer than others."""
     report(Step("Making its storage, and the database"))
     for script in (plan_tools("/dev/vdd"), plan_storage(case), plan_database(case)):
         guest.call("bash -s", text=script)
@@ -133,21 +142,24 @@ def _back_up(case: LiveCase, guest: Guest, report: Report) -> _Backup:
     backup = f"{remetal} backup --json --freeze-limit {FREEZE_LIMIT}"
     guest.call("mkdir /vault && mount /dev/vdc /vault")
     guest.call("umask 077; cat > /run/phrase", text=PASSPHRASE + "\n")
-    guest.call(f"{remetal} init --passphrase-file /run/phrase")
+    for repository in ("backup", "gentle"):
+        guest.call(f"{remetal} init --repo /vault/{repository} --passphrase-file /run/phrase")
     shell = find_shell(case, guest.database_port)
-    make_tables(case, shell, CLIENTS)
-    with making_noise(case, shell), committing(shell, CLIENTS) as clients:
+    make_tables(case, shell, guest.database_port, CLIENTS)
+    with making_noise(case, shell, guest.database_port), committing(shell, CLIENTS) as clients:
         time.sleep(_SAMPLE)
         before = _rate(clients, lambda: time.sleep(_SAMPLE))
         report(Step(f"Backing it up while it does {before:.1f} transactions a second"))
         told: list[str] = []
         during = _rate(clients, lambda: told.append(guest.call(backup)))
+        report(Step(f"Backing it up gently; meanwhile there were {during:.1f} transactions a second"))
+        gently = _rate(clients, lambda: told.append(guest.call(f"{backup} {GENTLE} --repo /vault/gentle")))
+        report(Step(f"Backing it up again; meanwhile there were {gently:.1f} transactions a second"))
         acknowledged = tuple(each.acknowledged for each in clients)
-        report(Step(f"Backing it up again; meanwhile there were {during:.1f} transactions a second"))
         told.append(guest.call(backup))
         sent, waited = tuple(each.sent for each in clients), max(each.waited for each in clients)
-        first, second = map(json.loads, told)
-    return _Backup(first, second, acknowledged, sent, before, during, waited)
+    first, gentle, second = map(json.loads, told)
+    return _Backup(first, gentle, second, acknowledged, sent, before, during, gently, waited)
 
 
 def _rate(clients: list[Client], work: Callable[[], object]) -> float:

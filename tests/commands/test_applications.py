@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from lab.disk import fresh_disk
+from lab.live.clients import postgresql_tool
 from remetal.system.blockdev import Span
 from remetal.system.loop import attach_loop
 from remetal.system.mounts import mounted
@@ -23,7 +24,6 @@ from tests.databases import (
     Cluster,
     MariaServer,
     folder_of,
-    postgresql_tool,
     running_mariadb,
     running_postgresql,
     running_redis,
