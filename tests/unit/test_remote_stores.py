@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import http.server
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import asyncssh
 import pytest
 
 from remetal.errors import RefusedError, RemetalError, UnavailableError, UsageError
@@ -22,8 +24,14 @@ from remetal.storage.http import HttpStore
 from remetal.storage.limit import LimitedStore
 from remetal.storage.retry import RetryingStore
 from remetal.storage.sftp import SftpStore
+from remetal.system.blockdev import Span
+from remetal.system.loop import attach_loop
+from remetal.system.mounts import mounted
+from remetal.units import MIB
 from tests.repositories import MemoryStore, Site, backup, make_site, restore
 from tests.servers import SshServer, free_port, running_nginx, running_sshd
+
+_DISK = 320 * MIB
 
 
 @pytest.fixture
@@ -115,6 +123,72 @@ def test_a_server_that_cannot_make_files_durable_is_refused(tmp_path: Path, monk
         with sftp(server, tmp_path / "s") as store, pytest.raises(RemetalError):
             store.put("a", [b"x"])
     assert not list((tmp_path / "s").glob("[a-z]*"))
+
+
+class Cut:
+    """A file system on a disk file, mounted at `folder`, whose power can be cut."""
+
+    def __init__(self, image: Path, kind: str, stack: ExitStack) -> None:
+        with image.open("wb") as file:
+            file.truncate(_DISK)
+        subprocess.run([f"mkfs.{kind}", "-q", image], check=True)
+        self._image, self._stack = image, stack
+        self.folder = self._mount(image)
+
+    def _mount(self, image: Path) -> Path:
+        device = self._stack.enter_context(attach_loop(Span(image, 0, _DISK), writable=True))
+        return self._stack.enter_context(mounted(device))
+
+    def after_power_cut(self) -> dict[str, bytes]:
+        """Return the objects in the folder `s` that are on the disk, whatever the kernel has in memory."""
+        copy = self._image.with_suffix(".copy")
+        subprocess.run(["cp", "--sparse=always", self._image, copy], check=True)
+        self._stack.close()  # two of one UUID are not mounted at once
+        store = LocalStore(self._mount(copy) / "s")
+        return {entry.name: store.get(entry.name) for entry in store.entries("")}
+
+
+@pytest.fixture(params=["ext4", "xfs", "btrfs"])
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cut]:
+    with ExitStack() as stack:
+        yield Cut(tmp_path / "disk.img", request.param, stack)
+
+
+def test_what_is_acknowledged_survives_a_power_cut_of_the_server(sshd: SshServer, disk: Cut) -> None:
+    with sftp(sshd, disk.folder / "s") as store:
+        store.put("a/b/one", [b"1" * 5000])
+        store.put("a/c/two", [b"2" * 5000])
+        assert disk.after_power_cut() == {"a/b/one": b"1" * 5000, "a/c/two": b"2" * 5000}
+
+
+def test_what_somebody_killed_has_left_survives_once_it_is_relied_on(sshd: SshServer, disk: Cut) -> None:
+    """Its name was never made durable: whoever finds it taken does that."""
+    (disk.folder / "s").mkdir()
+    os.sync()
+    (disk.folder / "s/left").write_bytes(b"left")
+    with sftp(sshd, disk.folder / "s") as store:
+        with pytest.raises(AlreadyExistsError):
+            store.put("left", [b"mine"])
+        assert disk.after_power_cut() == {"left": b"left"}
+
+
+def test_a_name_that_cannot_be_made_durable_is_taken_back(
+    sshd: SshServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    async def fail_second(file: asyncssh.SFTPClientFile) -> None:
+        calls.append(len(calls))
+        if len(calls) == 2:
+            raise asyncssh.SFTPFailure("Input/output error")
+
+    monkeypatch.setattr(asyncssh.SFTPClientFile, "fsync", fail_second)
+    with sftp(sshd, tmp_path / "s") as store:
+        with pytest.raises(UnavailableError, match="Input/output"):
+            store.put("a", [b"x"])
+        assert list(store.entries("")) == []
+        store.put("a", [b"x"])
+        assert store.get("a") == b"x"
 
 
 def test_a_repository_over_sftp_and_its_copy_on_the_web(sshd: SshServer, tmp_path: Path) -> None:
