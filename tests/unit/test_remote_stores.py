@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.server
 import os
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -29,7 +28,7 @@ from remetal.system.loop import attach_loop
 from remetal.system.mounts import mounted
 from remetal.units import MIB
 from tests.repositories import MemoryStore, Site, backup, make_site, restore
-from tests.servers import SshServer, free_port, running_nginx, running_sshd
+from tests.servers import SshServer, free_port, running_handler, running_nginx, running_sshd
 
 _DISK = 320 * MIB
 
@@ -223,15 +222,8 @@ def answering(answer: Callable[[http.server.BaseHTTPRequestHandler], None]) -> I
         def log_message(self, *words: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with running_handler(Handler) as address:
+        yield address
 
 
 def _whole(handler: http.server.BaseHTTPRequestHandler, status: int, body: bytes, **headers: str) -> None:
