@@ -130,7 +130,7 @@ class _MapWriter:
             body = self._page.encode()
             self._need_good(body)
             store, repository_id, domain = self._repository.store, self._repository.config.id, self._keys.domain
-            former = next(iter(self._former[len(self.pages) :]), b"")
+            former = self._former[len(self.pages)] if len(self.pages) < len(self._former) else b""
             self.pages.append(put_page(store, repository_id, domain, body, entry=self._entry, former=former))
             self._page = None
         self.pages += [b""] * (number - len(self.pages))
