@@ -6,7 +6,7 @@ import http.server
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -338,6 +338,40 @@ def test_a_flaky_store_is_as_good_as_another(after: bool) -> None:
         store.get("nothing")
     assert pauses
     assert all(0.25 <= pause <= 30 for pause in pauses)
+
+
+class KeepingStore(MemoryStore):
+    """A store that protects objects; every second time it fails after half of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: set[str] = set()
+        self.calls = 0
+
+    def keep(self, names: Iterable[str]) -> int:
+        asked = list(names)
+        self.calls += 1
+        if self.calls % 2:
+            self.kept.update(asked[: len(asked) // 2])
+            raise UnavailableError("flaky")
+        due = set(asked) - self.kept
+        self.kept |= due
+        return len(due)
+
+
+def test_of_millions_of_names_to_keep_few_are_remembered() -> None:
+    below, taken = KeepingStore(), 0
+
+    def names() -> Iterator[str]:
+        nonlocal taken
+        for number in range(10_000):
+            assert number - len(below.kept) <= 5_000
+            taken += 1
+            yield f"packs/{number}"
+
+    store = RetryingStore(below, sleep=lambda seconds: None)
+    assert store.keep(names()) == 5_000
+    assert taken == len(below.kept) == 10_000
 
 
 def test_a_store_that_stays_away_is_given_up_on() -> None:
