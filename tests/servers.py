@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import getpass
+import http.server
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -125,6 +127,20 @@ def running_ganesha(folder: Path, root: Path) -> Iterator[int]:
     argv = ["ganesha.nfsd", "-F", "-f", str(config), "-L", str(folder / "log"), "-p", str(folder / "pid")]
     with _running(argv, port):
         yield port
+
+
+@contextmanager
+def running_handler(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Run a web server in this process that answers as the handler does, and yield its address."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def free_port() -> int:

@@ -227,7 +227,7 @@ def machine_record(record: MachineRecord) -> None:
     check_machine("x", record, record.repository)
 
 
-_LOCK = b'{"machine":"0","host":"h","host_id":"","boot_id":"","namespace":"","pid":1,"started":2,"time":3.5}'
+_LOCK = b'{"machine":"0","host":"h","host_id":"","boot_id":"","namespace":"","pid":1,"started":2,"time":3.5,"token":""}'
 _REVOCATION = ("id", "repository", "revoked_by", "created")
 _DAMAGED = (DamagedError,)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import http.server
 import os
-import threading
+import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import asyncssh
 import pytest
 
 from remetal.errors import RefusedError, RemetalError, UnavailableError, UsageError
@@ -22,8 +23,14 @@ from remetal.storage.http import HttpStore
 from remetal.storage.limit import LimitedStore
 from remetal.storage.retry import RetryingStore
 from remetal.storage.sftp import SftpStore
+from remetal.system.blockdev import Span
+from remetal.system.loop import attach_loop
+from remetal.system.mounts import mounted
+from remetal.units import MIB
 from tests.repositories import MemoryStore, Site, backup, make_site, restore
-from tests.servers import SshServer, free_port, running_nginx, running_sshd
+from tests.servers import SshServer, free_port, running_handler, running_nginx, running_sshd
+
+_DISK = 320 * MIB
 
 
 @pytest.fixture
@@ -117,6 +124,72 @@ def test_a_server_that_cannot_make_files_durable_is_refused(tmp_path: Path, monk
     assert not list((tmp_path / "s").glob("[a-z]*"))
 
 
+class Cut:
+    """A file system on a disk file, mounted at `folder`, whose power can be cut."""
+
+    def __init__(self, image: Path, kind: str, stack: ExitStack) -> None:
+        with image.open("wb") as file:
+            file.truncate(_DISK)
+        subprocess.run([f"mkfs.{kind}", "-q", image], check=True)
+        self._image, self._stack = image, stack
+        self.folder = self._mount(image)
+
+    def _mount(self, image: Path) -> Path:
+        device = self._stack.enter_context(attach_loop(Span(image, 0, _DISK), writable=True))
+        return self._stack.enter_context(mounted(device))
+
+    def after_power_cut(self) -> dict[str, bytes]:
+        """Return the objects in the folder `s` that are on the disk, whatever the kernel has in memory."""
+        copy = self._image.with_suffix(".copy")
+        subprocess.run(["cp", "--sparse=always", self._image, copy], check=True)
+        self._stack.close()  # two of one UUID are not mounted at once
+        store = LocalStore(self._mount(copy) / "s")
+        return {entry.name: store.get(entry.name) for entry in store.entries("")}
+
+
+@pytest.fixture(params=["ext4", "xfs", "btrfs"])
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cut]:
+    with ExitStack() as stack:
+        yield Cut(tmp_path / "disk.img", request.param, stack)
+
+
+def test_what_is_acknowledged_survives_a_power_cut_of_the_server(sshd: SshServer, disk: Cut) -> None:
+    with sftp(sshd, disk.folder / "s") as store:
+        store.put("a/b/one", [b"1" * 5000])
+        store.put("a/c/two", [b"2" * 5000])
+        assert disk.after_power_cut() == {"a/b/one": b"1" * 5000, "a/c/two": b"2" * 5000}
+
+
+def test_what_somebody_killed_has_left_survives_once_it_is_relied_on(sshd: SshServer, disk: Cut) -> None:
+    """Its name was never made durable: whoever finds it taken does that."""
+    (disk.folder / "s").mkdir()
+    os.sync()
+    (disk.folder / "s/left").write_bytes(b"left")
+    with sftp(sshd, disk.folder / "s") as store:
+        with pytest.raises(AlreadyExistsError):
+            store.put("left", [b"mine"])
+        assert disk.after_power_cut() == {"left": b"left"}
+
+
+def test_a_name_that_cannot_be_made_durable_is_taken_back(
+    sshd: SshServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    async def fail_second(file: asyncssh.SFTPClientFile) -> None:
+        calls.append(len(calls))
+        if len(calls) == 2:
+            raise asyncssh.SFTPFailure("Input/output error")
+
+    monkeypatch.setattr(asyncssh.SFTPClientFile, "fsync", fail_second)
+    with sftp(sshd, tmp_path / "s") as store:
+        with pytest.raises(UnavailableError, match="Input/output"):
+            store.put("a", [b"x"])
+        assert list(store.entries("")) == []
+        store.put("a", [b"x"])
+        assert store.get("a") == b"x"
+
+
 def test_a_repository_over_sftp_and_its_copy_on_the_web(sshd: SshServer, tmp_path: Path) -> None:
     """Backed up over SFTP, restored from the web server that shows the same folder."""
     memory = make_site()
@@ -149,15 +222,8 @@ def answering(answer: Callable[[http.server.BaseHTTPRequestHandler], None]) -> I
         def log_message(self, *words: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with running_handler(Handler) as address:
+        yield address
 
 
 def _whole(handler: http.server.BaseHTTPRequestHandler, status: int, body: bytes, **headers: str) -> None:
@@ -272,6 +338,40 @@ def test_a_flaky_store_is_as_good_as_another(after: bool) -> None:
         store.get("nothing")
     assert pauses
     assert all(0.25 <= pause <= 30 for pause in pauses)
+
+
+class KeepingStore(MemoryStore):
+    """A store that protects objects; every second time it fails after half of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: set[str] = set()
+        self.calls = 0
+
+    def keep(self, names: Iterable[str]) -> int:
+        asked = list(names)
+        self.calls += 1
+        if self.calls % 2:
+            self.kept.update(asked[: len(asked) // 2])
+            raise UnavailableError("flaky")
+        due = set(asked) - self.kept
+        self.kept |= due
+        return len(due)
+
+
+def test_of_millions_of_names_to_keep_few_are_remembered() -> None:
+    below, taken = KeepingStore(), 0
+
+    def names() -> Iterator[str]:
+        nonlocal taken
+        for number in range(10_000):
+            assert number - len(below.kept) <= 5_000
+            taken += 1
+            yield f"packs/{number}"
+
+    store = RetryingStore(below, sleep=lambda seconds: None)
+    assert store.keep(names()) == 5_000
+    assert taken == len(below.kept) == 10_000
 
 
 def test_a_store_that_stays_away_is_given_up_on() -> None:

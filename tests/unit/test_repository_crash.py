@@ -16,14 +16,25 @@ from remetal.errors import RefusedError, RemetalError, UnavailableError
 from remetal.repository import encoder
 from remetal.repository.catalog import open_catalog
 from remetal.repository.check import check_repository
-from remetal.repository.locks import LEASE, LockRecord, _this_process, hold_machine, is_stale
+from remetal.repository.locks import LEASE, LockRecord, MachineLock, _this_process, hold_machine, is_stale
 from remetal.repository.machines import MachineKeys
 from remetal.repository.objects import encode_json
 from remetal.repository.packs import Codec, Encoding
 from remetal.repository.repository import add_recipient, enroll_machine, init_repository, list_keys, open_repository
 from remetal.repository.session import Batch, open_session
 from remetal.system.locks import process_start
-from tests.repositories import CHUNK, MemoryStore, Site, StoreDiedError, backup, die_at, make_site, restore, write
+from tests.repositories import (
+    CHUNK,
+    MemoryStore,
+    Operation,
+    Site,
+    StoreDiedError,
+    backup,
+    die_at,
+    make_site,
+    restore,
+    write,
+)
 
 _FIRST = os.urandom(4 * CHUNK)
 _SECOND = os.urandom(5 * CHUNK) + _FIRST[CHUNK:]
@@ -339,6 +350,72 @@ def test_a_backup_whose_lock_was_taken_over_does_not_commit(site: Site) -> None:
         with pytest.raises(UnavailableError, match="taken over"):
             session.commit(layout=b"{}", hostname="h")
     assert [each.id for each in open_catalog(site.repository, site.key).snapshots()] == [_SNAPSHOT.id]
+
+
+@pytest.fixture
+def slept(site: Site) -> Iterator[MachineLock]:
+    """The first lock, whose holder slept: it was taken over and given back, and somebody else has its number now."""
+    names = f"locks/{site.keys.machine_id}/"
+    with hold_machine(site.store, site.keys.machine_id) as lock:
+        former = site.store.objects.pop(f"{names}{1:016x}")
+        with hold_machine(site.store, site.keys.machine_id):
+            other = dict(site.store.objects)
+            assert other[f"{names}{1:016x}"] != former
+            yield lock
+            assert site.store.objects == other
+    assert list(site.store.entries("locks/")) == []
+
+
+def test_who_slept_finds_the_lock_of_another(slept: MachineLock) -> None:
+    with pytest.raises(UnavailableError, match="taken over"):
+        slept.check()
+
+
+def test_who_slept_renews_no_lock_of_another(slept: MachineLock) -> None:
+    with pytest.raises(UnavailableError, match="taken over"):
+        slept.renew()
+
+
+def test_who_slept_gives_no_lock_of_another_back(slept: MachineLock) -> None:
+    slept.release()
+
+
+def test_who_slept_amid_a_renewal_deletes_no_lock_of_another(site: Site) -> None:
+    """While the holder sleeps between its new lock and its old one, both go, and the old number is taken."""
+    names = f"locks/{site.keys.machine_id}/"
+    with hold_machine(site.store, site.keys.machine_id) as lock:
+        other: dict[str, bytes] = {}
+
+        def sleep(operation: Operation) -> None:
+            if operation == ("put", f"{names}{2:016x}"):
+                site.store.after = lambda operation: None
+                forget_lock(site)
+                site.store.put(f"{names}{1:016x}", [encode_json(_this_process(site.keys.machine_id))])
+                other.update(site.store.objects)
+
+        site.store.after = sleep
+        lock.renew()
+        assert other
+        assert site.store.objects == other
+
+
+def test_who_slept_while_taking_a_lock_deletes_no_lock_of_another(site: Site) -> None:
+    """A lock is left behind; who takes it over sleeps right after that, and the number left behind is taken anew."""
+    names = f"locks/{site.keys.machine_id}/"
+    site.store.put(f"{names}{1:016x}", [b"left behind"])
+    other: dict[str, bytes] = {}
+
+    def sleep(operation: Operation) -> None:
+        site.store.after = lambda operation: None
+        forget_lock(site)
+        site.store.put(f"{names}{1:016x}", [encode_json(_this_process(site.keys.machine_id))])
+        other.update(site.store.objects)
+
+    site.store.after = sleep
+    with pytest.raises(UnavailableError, match="taken over"), hold_machine(site.store, site.keys.machine_id):
+        pass
+    assert other
+    assert site.store.objects == other
 
 
 def test_a_description_that_no_reader_would_take_is_refused(site: Site) -> None:

@@ -295,6 +295,58 @@ def test_a_page_that_is_condemned_is_not_used_again(site: Site, clock: Clock) ->
     assert again.images[0].pages != made["one"].images[0].pages
 
 
+@pytest.mark.parametrize("prefix", ["index/", "maps/", "packs/"])
+def test_a_prune_that_slept_deletes_nothing_that_came_back(site: Site, prefix: str) -> None:
+    """It sleeps amid its deletions; another one finishes them and has others, and the same content is stored again.
+
+    Nobody knows any more then what the first prune is about to delete.
+    """
+    made = three(site)
+    forget_snapshots(site.repository, site.key, [made["one"].id])
+    again: list[Snapshot] = []
+
+    def sleep(operation: tuple[str, str]) -> None:
+        if operation[0] == "delete" and operation[1].startswith(prefix):
+            site.store.before = lambda operation: None
+            _drop_locks(site)
+            forget_snapshots(site.repository, site.key, [made["two"].id])
+            prune(site)
+            again.append(backup(site, _DATA["one"], workers=1))
+
+    site.store.before = sleep
+    prune_machine(site.repository, site.key, site.keys.machine_id, grace=0)
+    sound(site, {made["three"].id: _DATA["three"], again[0].id: _DATA["one"]})
+
+
+def test_an_unchanged_page_is_kept(site: Site) -> None:
+    """A snapshot has the pages of the one before it, as long as nothing in them has changed, and they may stay."""
+    first = backup(site, _DATA["one"])
+    second = backup(site, _DATA["one"])
+    other = backup(site, _DATA["two"])
+    assert second.images[0].pages == first.images[0].pages
+    assert len(list(site.store.entries("maps/"))) == 2
+    again = backup(site, _DATA["one"])
+    assert again.images[0].pages != first.images[0].pages
+    name = f"maps/{site.keys.machine_id}/{again.images[0].pages[0].hex()}"
+    site.store.objects[name] = b"damaged"
+    mended = backup(site, _DATA["one"])
+    assert mended.images[0].pages != again.images[0].pages
+    forget_snapshots(site.repository, site.key, [again.id])
+    prune(site)
+    sound(site, {each.id: _DATA["one"] for each in (first, second, mended)} | {other.id: _DATA["two"]})
+
+
+def test_no_page_is_kept_while_nobody_knows_what_is_condemned(site: Site) -> None:
+    """What was decided last cannot be read: it may be that the pages of the snapshot before are being deleted."""
+    before = backup(site, _DATA["one"])
+    following = backup(site, _DATA["one"])
+    forget_snapshots(site.repository, site.key, [before.id])
+    site.store.objects[f"history/{site.keys.machine_id}/{3:016x}"] = b"damaged"
+    again = backup(site, _DATA["one"])
+    assert again.images[0].pages != following.images[0].pages
+    assert restore(site, again) == _DATA["one"]
+
+
 def test_a_listing_that_hid_an_index_costs_nothing(site: Site, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store once shows less than it holds: the prune refuses, or what it condemned is found to be needed."""
     made = three(site)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
 import time
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from botocore.exceptions import EndpointConnectionError
@@ -22,7 +23,7 @@ from remetal.storage.retry import RetryingStore
 from remetal.storage.s3 import S3Store
 from tests.ceph import Gateway
 from tests.repositories import Site, backup, make_site, noise, restore
-from tests.servers import free_port
+from tests.servers import free_port, running_handler
 
 
 @pytest.fixture
@@ -103,6 +104,99 @@ def test_a_provider_that_joins_parts_over_an_object_gets_it_whole(client: Any, p
         plain.put("packs/a", [LARGE[1:]])
     assert plain.get("packs/a") == LARGE
     assert [entry.name for entry in plain.entries("")] == ["packs/a"]
+
+
+def probes_of(client: Any, store: S3Store) -> list[str]:
+    found = client.list_objects_v2(Bucket=store._bucket, Prefix="repo/.remetal/")
+    return [row["Key"] for row in found.get("Contents", ())]
+
+
+def test_who_only_reads_tries_nothing(client: Any, plain: S3Store) -> None:
+    with pytest.raises(NotFoundError):
+        plain.get("config")
+    assert list(plain.entries("")) == []
+    plain.delete("config")
+    assert probes_of(client, plain) == []
+
+
+def test_whether_objects_are_created_once_is_tried_once(
+    client: Any, plain: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, tried = S3Store._put_probe, list[bool]()
+
+    def try_it(store: S3Store) -> bool:
+        tried.append(put(store))
+        return tried[-1]
+
+    monkeypatch.setattr(S3Store, "_put_probe", try_it)
+    for name in "ab":
+        plain.put(name, [b"x"])
+    assert tried == [True, False]
+    assert probes_of(client, plain) == ["repo/.remetal/conditional"]
+    other = S3Store(plain.location)
+    for name in "cd":
+        other.put(name, [b"x"])
+    assert tried == [True, False, False]
+
+
+def test_where_every_version_is_kept_nothing_is_tried(client: Any, versioned: S3Store, locked: S3Store) -> None:
+    for store in (versioned, locked):
+        store.put("a", [b"x"])
+        assert probes_of(client, store) == []
+
+
+def test_a_bucket_that_keeps_no_more_versions(client: Any, versioned: S3Store) -> None:
+    """Those that it has kept count; a new object is the only version of its name, so nobody may write over it."""
+    versioned.put("a", [b"x"])
+    client.put_bucket_versioning(Bucket=versioned._bucket, VersioningConfiguration={"Status": "Suspended"})
+    other = S3Store(versioned.location)
+    other.put("b", [b"x"])
+    assert len(probes_of(client, versioned)) == 1
+    for name in "ab":
+        with pytest.raises(AlreadyExistsError):
+            other.put(name, [b"y"])
+        assert other.get(name) == b"x"
+    other.put("packs/a", [LARGE])
+    assert S3Store(versioned.location).get("packs/a") == LARGE
+
+
+class Careless(http.server.BaseHTTPRequestHandler):
+    """A provider that creates whatever it is told to, and does not look whether there is something."""
+
+    protocol_version = "HTTP/1.1"
+    written: ClassVar[list[str]] = []
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.written.append(self.path)
+        self._answer(b"", ETag='"0"')
+
+    def do_GET(self) -> None:
+        assert self.path.endswith("?versioning")
+        self._answer(b"<VersioningConfiguration/>")
+
+    def _answer(self, body: bytes, **headers: str) -> None:
+        self.send_response(200)
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+def test_a_provider_that_writes_over_objects_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}.items():
+        monkeypatch.setenv(name, value)
+    with running_handler(Careless) as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        store = RetryingStore(S3Store("s3://bucket/repo"), sleep=lambda seconds: None)
+        for name in ("locks/m/1", "locks/m/2"):
+            with pytest.raises(RefusedError, match="over another one"):
+                store.put(name, [b"x"])
+        store.close()
+    assert Careless.written == ["/bucket/repo/.remetal/conditional"] * 2
 
 
 def test_an_upload_that_was_cut_off_is_ended_by_a_later_writer(

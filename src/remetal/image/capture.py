@@ -72,9 +72,10 @@ def capture_volume(
         return session.write_image(volume, span.size, batches, previous=previous)
 
 
-def capture_bytes(session: Session, data: bytes, *, volume: str) -> ImageRecord:
-    """Capture bytes that stand on no disk, such as a key, as the image of `volume`."""
-    return session.write_image(volume, len(data), iter([Batch(0, memoryview(data), lambda: None)]))
+def capture_bytes(session: Session, data: bytes, *, volume: str, previous: ImageRecord | None) -> ImageRecord:
+    """Capture bytes that stand on no disk, such as a key, as the image of `volume`; `previous` as above."""
+    batches = iter([Batch(0, memoryview(data), lambda: None)])
+    return session.write_image(volume, len(data), batches, previous=previous)
 
 
 def plan_stretches(extents: Sequence[Extent], size: int, chunk_size: int, *, batch: int = BATCH) -> Iterator[Stretch]:

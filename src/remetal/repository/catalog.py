@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -146,6 +146,11 @@ def entry_names(repository: Repository, machine_id: str) -> list[str]:
     return [entry.name for entry in entries if sequence_of(entry.name)]
 
 
+def last_number(names: Sequence[str]) -> int:
+    """Return the number of the newest of a history's entries, which have these names; 0 if there is none."""
+    return sequence_of(names[-1]) if names else 0
+
+
 def read_entry(repository: Repository, name: str, machine: MachineRecord, vouched: Vouched) -> tuple[Envelope, bytes]:
     """Read an entry of a machine's history, checking form and signature. Raises DamagedError.
 
@@ -231,7 +236,7 @@ def find_newest(repository: Repository, access: MachineAccess, head: Head | None
             problems.append(_vanished(head))
         if signed is None or head.sequence > signed.sequence:
             signed = head
-    last = max((sequence_of(name) for name in names[-1:]), default=0)
+    last = last_number(names)
     follows = Head(sequence=max(signed.sequence, last), id=signed.id) if signed else Head(sequence=last, id="")
     return Newest(snapshot, follows, ledgers)
 

@@ -21,6 +21,7 @@ from remetal.repository.catalog import (
     MachineAccess,
     entry_names,
     find_ledgers,
+    last_number,
     open_catalog,
     read_entry,
     read_vouched,
@@ -144,9 +145,8 @@ def rebuild_index(repository: Repository, key: RecipientKey, *, report: Report =
 
 
 def _put_found(repository: Repository, catalog: Catalog, found: dict[str, list[Contents]], machine_id: str) -> None:
-    domain, ledger = catalog.machines[machine_id].domain, catalog.ledgers[machine_id].newest
-    avoid = ledger.names if ledger is not None else ()
-    put_index(repository.store, repository.config.id, domain, found.pop(machine_id), avoid=avoid)
+    domain, entry = catalog.machines[machine_id].domain, last_number(entry_names(repository, machine_id))
+    put_index(repository.store, repository.config.id, domain, found.pop(machine_id), entry=entry)
 
 
 def known_packs(catalog: Catalog) -> NamedObjects:

@@ -3,7 +3,8 @@
 A clock may be wrong by an hour or by ten years, jump ahead, or go backwards. What is to wait for a time is therefore
 told by witnesses: as long as a host is not booted again its uptime is trusted; beyond that the difference of two
 clocks counts, but never as more than a part of the time to wait, and what one clock was ahead is taken back when the
-other is asked again. So a single wrong clock cannot end it, however often the two alternate.
+other is asked again. So a single wrong clock cannot end it, however often the two alternate; only a clock that jumps
+ahead in one boot after the other can.
 """
 
 from __future__ import annotations

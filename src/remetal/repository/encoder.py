@@ -61,11 +61,11 @@ class Uploads:
         repository: Repository,
         keys: MachineKeys,
         table: ChunkTable,
-        avoid: Collection[str],
+        entry: int,
         parity: ParityWriter | None,
     ) -> None:
         self._repository = repository
-        self._avoid = avoid
+        self._entry = entry
         self._parity = parity
         self._keys = keys
         self._pool = ThreadPoolExecutor(UPLOADERS, thread_name_prefix="upload")
@@ -168,7 +168,7 @@ class Uploads:
 
     def _put_index(self, packs: Sequence[Contents]) -> None:
         repository = self._repository
-        put_index(repository.store, repository.config.id, self._keys.domain, packs, avoid=self._avoid)
+        put_index(repository.store, repository.config.id, self._keys.domain, packs, entry=self._entry)
 
 
 class Filling:

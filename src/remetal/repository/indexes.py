@@ -68,9 +68,15 @@ def decode_index(name: str, body: bytes) -> list[Contents]:
 
 
 def put_index(
-    store: Store, repository_id: str, domain: Domain, packs: Sequence[Contents], *, avoid: Collection[str] = ()
+    store: Store,
+    repository_id: str,
+    domain: Domain,
+    packs: Sequence[Contents],
+    *,
+    entry: int,
+    avoid: Collection[str] = (),
 ) -> str:
-    """Write an index object for packs that are stored, and return its name; `avoid` as for `put_record`.
+    """Write an index object for packs that are stored, and return its name; `entry` and `avoid` as for `put_record`.
 
     Raises RemetalError if this computer miscalculates.
     """
@@ -82,7 +88,8 @@ def put_index(
         good = False
     if not good:
         raise miscalculated("an index object")
-    return put_record(store, "index", index_folder(domain.machine_id), repository_id, domain, body, avoid=avoid)
+    folder = index_folder(domain.machine_id)
+    return put_record(store, "index", folder, repository_id, domain, body, entry=entry, avoid=avoid)
 
 
 def _facts(packs: Sequence[Contents]) -> list[tuple[bytes, int, int, bytes]]:

@@ -2,12 +2,14 @@
 
 Locks of a machine are numbered; the highest number holds. Whoever wants the lock creates the next number, which
 the store grants to one only. A lock is renewed by creating the next number before the old one is deleted, so that
-a holder who was given up on finds out.
+a holder who was given up on finds out. Numbers are used again once there is no lock, so a lock is told by its bytes,
+never by its name alone: no two are equal.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import threading
 import time
@@ -36,7 +38,10 @@ _LONGEST_HOST = 255
 
 
 class LockRecord(Record, frozen=True, kw_only=True):
-    """Who holds a lock. `time` is Unix time; `started` the process's start in ticks after boot (proc(5))."""
+    """Who holds a lock. `time` is Unix time; `started` the process's start in ticks after boot (proc(5)).
+
+    `token` is random, so that no two locks have the same bytes.
+    """
 
     machine: str
     host: str
@@ -46,6 +51,7 @@ class LockRecord(Record, frozen=True, kw_only=True):
     pid: int
     started: int
     time: float
+    token: str
 
 
 class LockedError(UnavailableError):
@@ -53,21 +59,20 @@ class LockedError(UnavailableError):
 
 
 class MachineLock:
-    """A lock that this process holds."""
+    """A lock that this process holds. `generation` is its number."""
 
     def __init__(self, store: Store, machine_id: str, generation: int) -> None:
+        """Create the lock of that number. Raises AlreadyExistsError."""
         self._store = store
         self._machine_id = machine_id
-        self._generation = generation
-        self._lost = False
         self._guard = threading.Lock()
+        self._lost = False
+        self._create(generation)
 
     def check(self) -> None:
         """Raise UnavailableError if somebody else has taken the lock over."""
         with self._guard:
-            try:
-                self._store.get(_lock_name(self._machine_id, self._generation), size=1)
-            except NotFoundError:
+            if not self._is_ours(self._name, self._data):
                 self._lost = True
             if self._lost:
                 raise UnavailableError(
@@ -79,14 +84,13 @@ class MachineLock:
         """Start a new lease. Raises UnavailableError if the lock is lost."""
         self.check()
         with self._guard:
-            following = _lock_name(self._machine_id, self._generation + 1)
+            former, data = self._name, self._data
             try:
-                self._store.put(following, [encode_json(_this_process(self._machine_id))])
+                self._create(self.generation + 1)
             except AlreadyExistsError:
                 self._lost = True
             else:
-                self._store.delete(_lock_name(self._machine_id, self._generation))
-                self._generation += 1
+                self._delete(former, data)
         if self._lost:
             self.check()
 
@@ -94,7 +98,22 @@ class MachineLock:
         """Give the lock back."""
         with self._guard:
             if not self._lost:
-                self._store.delete(_lock_name(self._machine_id, self._generation))
+                self._delete(self._name, self._data)
+
+    def _create(self, generation: int) -> None:
+        name, data = _lock_name(self._machine_id, generation), encode_json(_this_process(self._machine_id))
+        self._store.put(name, [data])
+        self.generation, self._name, self._data = generation, name, data
+
+    def _delete(self, name: str, data: bytes) -> None:
+        """Delete a lock that this process has created, unless another one has its number by now."""
+        if self._is_ours(name, data):
+            self._store.delete(name)
+
+    def _is_ours(self, name: str, data: bytes) -> bool:
+        with suppress(NotFoundError):
+            return self._store.get(name, size=len(data) + 1) == data
+        return False
 
 
 @contextmanager
@@ -132,23 +151,24 @@ def _acquire(store: Store, machine_id: str) -> MachineLock:
                 f"a backup or prune of this machine is at work: process {owner.pid} on {owner.host}, seen {since} UTC",
                 hint="Wait until it has ended, then run the command again.",
             )
-    generation = numbers[-1] + 1 if numbers else 1
     try:
-        store.put(_lock_name(machine_id, generation), [encode_json(_this_process(machine_id))])
+        lock = MachineLock(store, machine_id, numbers[-1] + 1 if numbers else 1)
     except AlreadyExistsError as error:
-        raise LockedError(
-            "another backup or prune of this machine has just begun",
-            hint="Wait until it has ended, then run the command again.",
-        ) from error
-    if set(_generations(store, machine_id)) - {*numbers, generation}:  # somebody came in after a release we missed
-        store.delete(_lock_name(machine_id, generation))
-        raise LockedError(
-            "another backup or prune of this machine has just begun",
-            hint="Wait until it has ended, then run the command again.",
-        )
+        raise _outrun() from error
+    if set(_generations(store, machine_id)) - {*numbers, lock.generation}:  # somebody came in after a missed release
+        lock.release()
+        raise _outrun()
+    lock.check()
     for number in numbers:
         store.delete(_lock_name(machine_id, number))
-    return MachineLock(store, machine_id, generation)
+    return lock
+
+
+def _outrun() -> LockedError:
+    return LockedError(
+        "another backup or prune of this machine has just begun",
+        hint="Wait until it has ended, then run the command again.",
+    )
 
 
 def is_stale(owner: LockRecord, *, now: float) -> bool:
@@ -192,6 +212,7 @@ def _this_process(machine_id: str) -> LockRecord:
         pid=os.getpid(),
         started=process_start(os.getpid()) or 0,
         time=time.time(),
+        token=secrets.token_hex(16),
     )
 
 

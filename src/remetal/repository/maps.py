@@ -8,10 +8,12 @@ A page's body, sealed by AES-SIV so that an equal page is an equal object:
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, groupby
 
+from remetal.errors import DamagedError
 from remetal.repository.cipher import derive
 from remetal.repository.machines import Domain
 from remetal.repository.objects import MAPS, damaged
@@ -104,7 +106,7 @@ def page_slots(number: int, size: int, chunk_size: int) -> int:
 
 
 def map_digest(size: int, chunk_size: int, pages: Iterable[bytes]) -> str:
-    """Return the identity of an image's content in hexadecimal: equal for equal content of one machine."""
+    """Return the identity of an image's map in hexadecimal: equal only for equal content of one machine."""
     pieces = chain([struct.pack("<QQ", size, chunk_size)], (page or ZERO_ID for page in pages))
     return derive("image map", *pieces).hex()
 
@@ -114,9 +116,23 @@ def map_folder(machine_id: str) -> str:
     return f"{MAPS}{machine_id}/"
 
 
-def put_page(store: Store, repository_id: str, domain: Domain, body: bytes, *, avoid: Collection[str] = ()) -> bytes:
-    """Store a page and return the hash that names it; `avoid` as for `put_record`."""
-    name = put_record(store, "map", map_folder(domain.machine_id), repository_id, domain, body, avoid=avoid)
+def page_name(machine_id: str, page: bytes) -> str:
+    """Return the name of a machine's map page with this hash."""
+    return f"{map_folder(machine_id)}{page.hex()}"
+
+
+def put_page(
+    store: Store, repository_id: str, domain: Domain, body: bytes, *, entry: int, former: bytes = b""
+) -> bytes:
+    """Store a page and return the hash that names it; `entry` as for `put_record`.
+
+    `former` is the hash of a page that will stay, or nothing: if it is there, whole and the same, it is the one.
+    """
+    if former:
+        with suppress(DamagedError):
+            if _read_page(store, repository_id, domain, former) == body:
+                return former
+    name = put_record(store, "map", map_folder(domain.machine_id), repository_id, domain, body, entry=entry)
     return bytes.fromhex(name[-64:])
 
 
@@ -127,10 +143,13 @@ def read_pages(
     for number, page in enumerate(pages):
         if not page:
             continue
-        name = f"{map_folder(domain.machine_id)}{page.hex()}"
-        body = get_record(store, name, "map", repository_id, domain, MAX_PAGE)
-        for run in decode_page(name, body, page_slots(number, size, chunk_size)):
+        body = _read_page(store, repository_id, domain, page)
+        for run in decode_page(page_name(domain.machine_id, page), body, page_slots(number, size, chunk_size)):
             yield Run(number * PAGE_CHUNKS + run.first, run.ids)
+
+
+def _read_page(store: Store, repository_id: str, domain: Domain, page: bytes) -> bytes:
+    return get_record(store, page_name(domain.machine_id, page), "map", repository_id, domain, MAX_PAGE)
 
 
 def _split_ids(ids: memoryview) -> list[bytes]:

@@ -1,4 +1,7 @@
-"""Objects of the catalog that a machine seals: index objects and pages of maps. Equal content gives an equal object.
+"""Objects of the catalog that a machine seals: index objects and pages of maps.
+
+A name that was deleted once is never used again, so a prune may sleep for as long as it likes before it deletes what it
+has condemned: equal content gives an equal object only until the machine's history goes on.
 
 8 header, 16 repository, 16 machine, u32 variant, then the sealed body (AES-SIV)
 """
@@ -16,7 +19,8 @@ from remetal.storage import AlreadyExistsError, NotFoundError, Store
 
 _COUNT = struct.Struct("<I")
 PREFIX_SIZE = HEADER_SIZE + 32 + _COUNT.size
-_MAX_VARIANTS = 1 << 10
+_VARIANTS = 1 << 10
+_ALL_VARIANTS = 1 << 32
 
 
 def record_prefix(kind: str, repository_id: str, machine_id: str, variant: int) -> bytes:
@@ -32,15 +36,18 @@ def put_record(
     domain: Domain,
     body: bytes,
     *,
+    entry: int,
     avoid: Collection[str] = (),
 ) -> str:
     """Seal a body under the machine's catalog key, store it under its hash, and return the name.
 
-    Equal bodies have equal names. An object that is there is used if it is whole and not one of the names to
-    `avoid`, which are about to be deleted; otherwise the body is stored in another variant, under another name.
-    Raises RemetalError if this computer miscalculates.
+    `entry` is the number of the newest entry of the machine's history: behind the same one equal bodies have equal
+    names, behind another one they have others. So no name comes back that an entry has condemned. An object that is
+    there is used if it is whole and not one of the names to `avoid`, which are about to be condemned; otherwise the
+    body is stored in another variant, under another name. Raises RemetalError if this computer miscalculates.
     """
-    for variant in range(_MAX_VARIANTS):
+    for number in range(entry * _VARIANTS, (entry + 1) * _VARIANTS):
+        variant = number % _ALL_VARIANTS
         prefix = record_prefix(kind, repository_id, domain.machine_id, variant)
         data = prefix + seal_record(domain.record_key(kind), prefix, body)
         name = f"{folder}{digest(data).hex()}"
@@ -48,7 +55,7 @@ def put_record(
         _need_good(data, domain.record_key(kind), again, body)
         if name not in avoid and _put_or_compare(store, name, data):
             return name
-    raise damaged(folder, f"all {_MAX_VARIANTS} variants of an object are damaged or being deleted")
+    raise damaged(folder, f"all {_VARIANTS} variants of an object are damaged or being deleted")
 
 
 def _need_good(data: bytes, key: bytes, prefix: bytes, body: bytes) -> None:

@@ -17,6 +17,7 @@ from remetal.repository.catalog import (
     MachineAccess,
     entry_names,
     find_ledgers,
+    last_number,
     open_catalog,
     read_entry,
     read_vouched,
@@ -316,7 +317,7 @@ def _relies(repository: Repository, access: MachineAccess, snapshot: Snapshot, t
 
 
 def _newest(repository: Repository, machine_id: str) -> int:
-    return max(map(sequence_of, entry_names(repository, machine_id)), default=0)
+    return last_number(entry_names(repository, machine_id))
 
 
 @contextmanager

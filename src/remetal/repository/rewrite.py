@@ -9,7 +9,7 @@ from blake3 import blake3
 
 from remetal.errors import UnavailableError
 from remetal.events import Progress, Report
-from remetal.repository.catalog import History, MachineAccess
+from remetal.repository.catalog import History, MachineAccess, last_number
 from remetal.repository.chunks import find_packs, read_contents
 from remetal.repository.indexes import INDEX_CHUNKS, MAX_PACKS, PACKS_PER_INDEX, put_index, read_index
 from remetal.repository.named import NamedObjects
@@ -91,8 +91,9 @@ class Rewriting:
         going = found.dead | set(wasteful)
         ledger = history.ledgers.newest
         refused = ledger.packs if ledger is not None else frozenset()
-        avoid = ledger.names if ledger is not None else frozenset()
-        self._put_index(self._repack(found, wasteful), avoid)
+        names = ledger.names if ledger is not None else frozenset()
+        entry = last_number(history.names)
+        self._put_index(self._repack(found, wasteful), entry, set())
         stale: set[str] = set()
         small: set[str] = set()
         for name, packs in read_contents(self._repository, self._access.domain, ledger):
@@ -102,8 +103,8 @@ class Rewriting:
                 small.add(name)
         if len(small) > _MANY_SMALL:
             stale |= small
-        self._put_index(self._staying(stale, going | refused, found.rescued), avoid | stale)
-        self._need_all(history, going | (refused - found.rescued), avoid | stale)
+        self._put_index(self._staying(stale, going | refused, found.rescued), entry, stale)
+        self._need_all(history, going | (refused - found.rescued), names | stale)
         return going, found.names | stale
 
     def _name(self, identity: bytes) -> str:
@@ -126,21 +127,21 @@ class Rewriting:
                     yield each
         yield from self._contents_of(set(rescued))
 
-    def _put_index(self, packs: Iterable[Contents], avoid: Set[str]) -> None:
-        """Write index objects for packs, as large as they should become."""
+    def _put_index(self, packs: Iterable[Contents], entry: int, avoid: Set[str]) -> None:
+        """Write index objects for packs, as large as they should become; `entry` and `avoid` as for `put_record`."""
         group: list[Contents] = []
         chunks = 0
         for each in packs:
             group.append(each)
             chunks += len(each.entries)
             if len(group) >= MAX_PACKS or chunks >= INDEX_CHUNKS:
-                self._put_group(group, avoid)
+                self._put_group(group, entry, avoid)
                 group, chunks = [], 0
         if group:
-            self._put_group(group, avoid)
+            self._put_group(group, entry, avoid)
 
-    def _put_group(self, group: Sequence[Contents], avoid: Set[str]) -> None:
-        put_index(self._store, self._repository.config.id, self._access.domain, group, avoid=avoid)
+    def _put_group(self, group: Sequence[Contents], entry: int, avoid: Set[str]) -> None:
+        put_index(self._store, self._repository.config.id, self._access.domain, group, entry=entry, avoid=avoid)
 
     def _need_all(self, history: History, going: Set[bytes], stale: Set[str]) -> None:
         """Look once more whether the snapshots have all they need without what is about to be condemned.

@@ -15,7 +15,7 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ from remetal.repository.maps import (
     PageBuilder,
     decode_page,
     map_digest,
-    map_folder,
+    page_name,
     page_slots,
     put_page,
 )
@@ -95,12 +95,16 @@ class Known:
 class _MapWriter:
     """Collects an image's ids in order and stores the pages of its map."""
 
-    def __init__(self, repository: Repository, keys: MachineKeys, size: int, avoid: Collection[str]) -> None:
+    def __init__(
+        self, repository: Repository, keys: MachineKeys, size: int, entry: int, former: Sequence[bytes]
+    ) -> None:
+        """`entry` as for `put_record`; `former` are pages of an earlier map that will stay, empty where one may not."""
         self._set: list[tuple[int, bytes]] = []
         self._repository = repository
         self._keys = keys
         self._size = size
-        self._avoid = avoid
+        self._entry = entry
+        self._former = former
         self._page: PageBuilder | None = None
         self.pages: list[bytes] = []
 
@@ -125,9 +129,9 @@ class _MapWriter:
         if self._page is not None and len(self.pages) < number:
             body = self._page.encode()
             self._need_good(body)
-            repository = self._repository
-            name = put_page(repository.store, repository.config.id, self._keys.domain, body, avoid=self._avoid)
-            self.pages.append(name)
+            store, repository_id, domain = self._repository.store, self._repository.config.id, self._keys.domain
+            former = self._former[len(self.pages)] if len(self.pages) < len(self._former) else b""
+            self.pages.append(put_page(store, repository_id, domain, body, entry=self._entry, former=former))
             self._page = None
         self.pages += [b""] * (number - len(self.pages))
         if self._page is None:
@@ -200,9 +204,10 @@ class Session:
         self._report = report
         self._follows = newest.follows
         self._ledger = newest.ledgers.newest
-        self._avoid = self._ledger.names if self._ledger is not None else frozenset[str]()
+        self._certain = newest.ledgers.certain
+        self._entry = newest.follows.sequence
         parity = ParityWriter(repository, keys.machine_id, table.packs, report) if repository.config.parity else None
-        self._uploads = Uploads(repository, keys, table, self._avoid, parity)
+        self._uploads = Uploads(repository, keys, table, self._entry, parity)
         self._filling = Filling(repository, keys, self._uploads)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="encode")
         self._ahead = workers * _BATCHES_AHEAD
@@ -235,15 +240,16 @@ class Session:
         """Store a volume's content of `size` bytes and return the record that the snapshot will hold.
 
         Takes batches in this thread, in ascending order; chunks in no batch are holes. Every batch that was
-        taken is released, whatever happens. `previous` is the volume's image in an earlier snapshot: only the
-        count of changed bytes needs it. Raises UnavailableError if the store fails, RemetalError if this
-        computer miscalculates, and whatever `batches` raises; the session can then only be left.
+        taken is released, whatever happens. `previous` is the volume's image in the snapshot before: the pages
+        of its map that have not changed are used again, and changed bytes are counted against it. Raises
+        UnavailableError if the store fails, RemetalError if this computer miscalculates, and whatever `batches`
+        raises; the session can then only be left.
         """
         chunk_size = self._repository.config.chunk_size
         pages = -(-size // (chunk_size * PAGE_CHUNKS))
         before = self.statistics
         with self._writing():
-            writer = _MapWriter(self._repository, self._keys, size, self._avoid)
+            writer = _MapWriter(self._repository, self._keys, size, self._entry, self._staying_pages(previous))
             predecessor = _Predecessor(self._repository, self._keys, previous, self._report)
             with closing(self._encoded(batches, size)) as done:
                 for encoded in done:
@@ -343,10 +349,17 @@ class Session:
                 "another backup of this machine was made while this one was at work",
                 hint="Nothing is lost; run this one again.",
             )
-        pages = {map_folder(machine.id) + page.hex() for image in self._images for page in image.pages if page}
+        pages = {page_name(machine.id, page) for image in self._images for page in image.pages if page}
         if self._uploads.relies_on(ledger.packs) or ledger.names & pages:
             raise _outrun()
         self._follows, self._ledger = Head(sequence=sequence, id=envelope.id), ledger
+
+    def _staying_pages(self, image: ImageRecord | None) -> list[bytes]:
+        """Return the pages of an image's map, empty where one was condemned, or may have been."""
+        if image is None or not self._certain:
+            return []
+        condemned = self._ledger.names if self._ledger is not None else frozenset[str]()
+        return [b"" if page_name(self._keys.machine_id, page) in condemned else page for page in image.pages]
 
     def abandon(self) -> None:
         """Leave without a snapshot: what is stored already is put into the index for the next backup."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
 from typing import TypeVar
 
 from remetal.errors import UnavailableError
@@ -18,6 +20,8 @@ ATTEMPTS = 6
 FIRST_PAUSE = 0.5
 """Seconds before the second attempt; each further pause is twice as long, up to `LONGEST_PAUSE`."""
 LONGEST_PAUSE = 30.0
+_KEPT_AT_ONCE = 4096
+"""Of so many names is remembered which are to be kept, to try it again; a repository has millions."""
 
 ResultT = TypeVar("ResultT")
 
@@ -78,8 +82,10 @@ class RetryingStore:
 
     def keep(self, names: Iterable[str]) -> int:
         """Protect objects; see the contract."""
-        wanted = list(names)
-        return self._repeat(lambda: self._store.keep(wanted))
+        left, kept = iter(names), 0
+        while some := list(islice(left, _KEPT_AT_ONCE)):
+            kept += self._repeat(partial(self._store.keep, some))
+        return kept
 
     def close(self) -> None:
         """Close the store below."""

@@ -2,7 +2,8 @@
 
 Credentials, region and endpoint come from where the `aws` command finds them: AWS_ACCESS_KEY_ID and its companions,
 ~/.aws/credentials and AWS_PROFILE, the instance's role; AWS_ENDPOINT_URL for another provider. The bucket has to honour
-`If-None-Match: *`, which makes of two writers one the winner.
+`If-None-Match: *`, which makes of two writers one the winner; unless it keeps every version, that is tried before the
+first object is written.
 
 What is large goes in parts: a slow line fails at one part then, and not at the whole. obstore's own uploads in parts
 cannot be conditional, so the requests are botocore's.
@@ -87,9 +88,10 @@ class S3Store:
         self._guard = threading.Lock()
         self._objects: obstore.store.S3Store | None = None
         self._client: Any = None
-        self._versioned = False
+        self._versioned = self._keeps_all = False
         self._swept = False
         self._probing = threading.Lock()
+        self._replaces: bool | None = None
         self._joins: bool | None = None
         self._first: OrderedDict[str, _Version] = OrderedDict()
 
@@ -105,14 +107,16 @@ class S3Store:
             objects = self._open()
             if self._versioned and self._find_first(name) is not None:
                 raise self._taken(name)
+            if not self._keeps_all:
+                self._need_conditional()
             self._sweep()
             whole = b"".join(data)
-            if len(whole) > PART_SIZE and (self._versioned or self._joins_conditionally()):
+            if len(whole) > PART_SIZE and (self._keeps_all or self._joins_conditionally()):
                 version = self._put_parts(self._prefix + name, whole)
             else:
                 made = obstore.put(objects, self._prefix + name, whole, mode="create", use_multipart=False)
                 version = str(made["version"])
-            if self._versioned:
+            if self._keeps_all:
                 self._need_first(name, version)
 
     def _put_parts(self, key: str, data: bytes) -> str:
@@ -134,15 +138,37 @@ class S3Store:
             raise
         return str(done.get("VersionId", ""))
 
+    def _need_conditional(self) -> None:
+        """Raise RefusedError if the provider, or a proxy before it, creates an object over one that is there already.
+
+        Tried once, on an object of our own, which stays: after the first time it takes one request. Without versions
+        there would be no telling whose object it is.
+        """
+        with self._probing:
+            if self._replaces is None:
+                self._replaces = self._put_probe() and self._put_probe()
+        if self._replaces:
+            raise RefusedError(
+                f"{self._location} creates an object over another one of the same name",
+                hint="The provider, and a proxy before it, has to honour `If-None-Match: *`; or let the bucket keep "
+                "versions.",
+            )
+
+    def _put_probe(self) -> bool:
+        """Create our own object; return whether that was let happen: there was none, or nobody looks."""
+        try:
+            obstore.put(self._open(), self._prefix + _PROBE, b"probe", mode="create", use_multipart=False)
+        except obstore.exceptions.AlreadyExistsError:
+            return False
+        return True
+
     def _joins_conditionally(self) -> bool:
         """Whether the provider refuses to join parts to an object that is there already; some just replace it.
 
-        Tried once, on an object of our own. Without versions there would be no telling whose object it is.
+        Tried once, on the object of our own that `_need_conditional` has made.
         """
         with self._probing:
             if self._joins is None:
-                with suppress(obstore.exceptions.AlreadyExistsError):
-                    obstore.put(self._open(), self._prefix + _PROBE, b"probe", mode="create", use_multipart=False)
                 try:
                     self._put_parts(self._prefix + _PROBE, b"probe")
                 except botocore.exceptions.ClientError as error:
@@ -255,7 +281,8 @@ class S3Store:
                     },
                     retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=1)},  # others try again
                 )
-                self._versioned = self._is_versioned()
+                status = self._versioning()
+                self._versioned, self._keeps_all = status in {"Enabled", "Suspended"}, status == "Enabled"
             return self._objects
 
     def _credentials(self) -> Callable[[], S3Credential]:
@@ -278,14 +305,14 @@ class S3Store:
 
         return provide
 
-    def _is_versioned(self) -> bool:
+    def _versioning(self) -> str:
+        """Return whether the bucket keeps versions: `Enabled`, `Suspended` (those that there are), or nothing."""
         try:
-            status = self._client.get_bucket_versioning(Bucket=self._bucket).get("Status", "")
+            return str(self._client.get_bucket_versioning(Bucket=self._bucket).get("Status", ""))
         except botocore.exceptions.ClientError as error:
             if _code(error) in _DENIED:  # who may not ask gets the newest version, as everywhere
-                return False
+                return ""
             raise
-        return status in {"Enabled", "Suspended"}
 
     def _list(self, prefix: str) -> Iterator[Entry]:
         pages = self._client.get_paginator("list_objects_v2")

@@ -1,7 +1,9 @@
 """A folder of another computer as a store, over SSH's file transfer: `sftp://user@host:port/folder`.
 
 An object is a file, written, made durable and named as in `remetal.storage.local`; what that takes beyond version 3 of
-the protocol are OpenSSH's extensions `fsync` and `hardlink`. Keys come from the agent and from ~/.ssh as `ssh` would
+the protocol are OpenSSH's extensions `fsync` and `hardlink`. No request makes a folder durable; so the file is made
+durable once more under its name, which on a file system with a journal (ext4, XFS) or a log tree (btrfs) takes the
+name along. Keys come from the agent and from ~/.ssh as `ssh` would
 use them, or from the file that REMETAL_SSH_KEY names; the host's key has to be known (~/.ssh/known_hosts, or the file
 that REMETAL_SSH_KNOWN_HOSTS names).
 """
@@ -143,15 +145,27 @@ class SftpStore:
                     await file.write(bytes(piece), offset)
                     offset += len(piece)
                 await file.fsync()
-            try:
-                await client.link(temporary, target)
-            except asyncssh.SFTPFailure:  # version 3 of the protocol has no other word for a name that is taken
-                if not await client.lexists(target):
+                await self._link(client, temporary, target)
+                try:
+                    await file.fsync()
+                except asyncssh.SFTPError:
+                    await client.remove(target)
                     raise
-                raise AlreadyExistsError(f"{self._location} has an object '{name}' already") from None
         finally:
             with suppress(asyncssh.SFTPError):
                 await client.remove(temporary)
+
+    async def _link(self, client: asyncssh.SFTPClient, temporary: PurePosixPath, target: PurePosixPath) -> None:
+        """Give a file its name. If that is taken, make what has it durable: whoever wrote it may have been killed."""
+        try:
+            await client.link(temporary, target)
+        except asyncssh.SFTPFailure:  # version 3 of the protocol has no other word for a name that is taken
+            if not await client.lexists(target):
+                raise
+            async with client.open(target, "rb") as other:
+                await other.fsync()
+            name = target.relative_to(self._root)
+            raise AlreadyExistsError(f"{self._location} has an object '{name}' already") from None
 
     async def _get(self, name: str, start: int, size: int | None) -> bytes:
         client = await self._connected()

@@ -143,7 +143,8 @@ class VolumeCapture:
         volume = captured.volume
         if volume in self.volume_keys:
             self.report(Step(f"Putting the volume key {volume} into escrow"))
-            return capture_bytes(self.session, self.volume_keys[volume], volume=volume)
+            key, previous = self.volume_keys[volume], self.before.get(volume)
+            return capture_bytes(self.session, key, volume=volume, previous=previous)
         span = self._span(volume)
         self.report(Step(f"Capturing {volume} ({self._content(captured)}, {format_bytes(span.size)})"))
         extents = self.spanning.get(volume)

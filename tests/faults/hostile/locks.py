@@ -32,6 +32,7 @@ def held(name: str, **changes: object) -> Case:
         "namespace": "z",
         "pid": 1,
         "started": 1,
+        "token": "0" * 32,
     }
 
     def make(attacker: Attacker, folder: str) -> None:
@@ -63,11 +64,11 @@ CASES = [
     held("host that speaks as the program does", host="x\nremetal: all is well"),
     raw(
         "time of no number",
-        b'{"machine":"","host":"","host_id":"","boot_id":"","namespace":"","pid":1,"started":1,"time":NaN}',
+        b'{"machine":"","host":"","host_id":"","boot_id":"","namespace":"","pid":1,"started":1,"time":NaN,"token":""}',
     ),
     raw(
         "time of 1e999",
-        b'{"machine":"","host":"","host_id":"","boot_id":"","namespace":"","pid":1,"started":1,"time":1e999}',
+        b'{"machine":"","host":"","host_id":"","boot_id":"","namespace":"","pid":1,"started":1,"time":1e999,"token":""}',
     ),
     raw("nothing", b""),
     raw("arrays, 10^4 deep", b"[" * 10_000),
