@@ -20,6 +20,7 @@ from remetal.media.build import MediumRequest, build_medium
 
 _TESTS = (
     "tests/unit/test_image_live.py",
+    "tests/boot/test_live_backup.py",
     "tests/boot/test_live_stacks.py",
     "tests/boot/test_libvirt_guests.py",
 )

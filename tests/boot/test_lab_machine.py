@@ -15,12 +15,12 @@ from remetal.events import silent
 from remetal.vm.machine import Drive, Machine
 from remetal.vm.qemu import start_machine
 
-pytestmark = pytest.mark.boot
+pytestmark = [pytest.mark.boot, pytest.mark.matrix]  # tests/boot/test_recovery.py boots one of each, too
 
 
 @pytest.mark.parametrize(
     ("table", "firmware", "bus"),
-    [("gpt", "uefi", "virtio"), pytest.param("mbr", "bios", "ahci", marks=pytest.mark.matrix)],
+    [("gpt", "uefi", "virtio"), ("mbr", "bios", "ahci")],
 )
 def test_the_machine_boots_and_lists_its_own_files(
     tmp_path: Path,

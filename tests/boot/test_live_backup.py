@@ -18,7 +18,7 @@ from remetal.vm.qemu import start_machine
 from tests.boot.test_medium import MENU, PATIENCE, PROMPT, run_there
 from tests.commands.site import PASSPHRASE, REMETAL
 
-pytestmark = [pytest.mark.boot, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.boot, pytest.mark.matrix, pytest.mark.timeout(1800)]
 
 PLACES = {
     "ext4": Span(Path(), MIB, 320 * MIB),

@@ -19,11 +19,14 @@ pytestmark = pytest.mark.storage
     [
         ["all_are_of_one_moment"],
         ["one_that_overflows_is_no_image", "a_pool_that_fills_up_ends_it"],
-        [
-            "where_there_is_no_room_it_is_captured_without",
-            "one_that_vanishes_is_no_image",
-            "who_is_ended_leaves_nothing_for_long",
-        ],
+        pytest.param(
+            [
+                "where_there_is_no_room_it_is_captured_without",
+                "one_that_vanishes_is_no_image",
+                "who_is_ended_leaves_nothing_for_long",
+            ],
+            marks=pytest.mark.matrix,
+        ),
     ],
     ids=lambda cases: cases[0],
 )
