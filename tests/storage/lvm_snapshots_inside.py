@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -258,9 +259,8 @@ def one_that_vanishes_is_no_image() -> None:
             told = Told(partial(_says, begins), partial(program, "dmsetup", "wipe_table", "--force", "vg-linear"))
             with pytest.raises(RemetalError) as raised:
                 backup("none", told)
-            print(raised.value.message, raised.value.hint)
             assert told.done == 1
-            assert "linear" in raised.value.message
+            assert re.search(r"/dev/dm-\d|vg-linear", raised.value.message), raised.value
             write_to("ubda:3", 1)  # would wait for ever
             assert listed() == before
             check_nothing_is_left()
