@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -18,11 +19,12 @@ from typing import Any
 import pytest
 
 from remetal.storage import local
+from remetal.units import KIB
 
 _OF_NAMES = ("open", "stat", "lstat", "unlink", "mkdir", "scandir", "listdir", "statvfs")
 _OF_TWO_NAMES = ("link", "rename", "replace")
-_OF_DESCRIPTORS = ("writev", "pread", "fsync", "fstat", "close", "posix_fallocate")
-_MAKING = {"make", "writev", "mkdir", "link", "rename", "replace", "posix_fallocate"}
+_OF_DESCRIPTORS = ("writev", "pwrite", "pread", "fsync", "fstat", "close", "posix_fallocate")
+_MAKING = {"make", "writev", "pwrite", "mkdir", "link", "rename", "replace", "posix_fallocate"}
 _CHANGING = _MAKING | {"unlink", "fsync"}
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _BROKEN = (errno.EIO, errno.ESTALE)
@@ -31,6 +33,7 @@ ERRORS: dict[str, tuple[int, ...]] = {
     "open": (*_BROKEN, *_TOO_MANY),
     "make": (*_FULL, *_BROKEN, *_TOO_MANY, errno.EROFS),
     "writev": (*_FULL, *_BROKEN),
+    "pwrite": (*_FULL, *_BROKEN),
     "fsync": (*_FULL, *_BROKEN, errno.EROFS),
     "link": (*_FULL, *_BROKEN, errno.EROFS),
     "rename": (*_FULL, *_BROKEN, errno.EROFS),
@@ -49,6 +52,8 @@ ERRORS: dict[str, tuple[int, ...]] = {
     "statvfs": (errno.EIO,),
 }
 """What each call may answer; `make` is an open(2) that creates."""
+_DIRECT = 64 * KIB
+"""From how many bytes on an object goes past the page cache here, so that the small packs of the tests do."""
 AFTER = {"link", "rename", "replace", "mkdir", "unlink", "fsync"}
 """Calls that may have been carried out although they say that they were not: the answer of a server was lost."""
 
@@ -62,6 +67,11 @@ def fails_from_then_on(number: int, call: str) -> bool:
     if number in _TOO_MANY:
         return call in {"open", "make", "scandir", "listdir"}
     return call != "close"
+
+
+def _whole_pages(size: int) -> int:
+    """Return a size that can go past the page cache: a page at least."""
+    return max(size // mmap.PAGESIZE, 1) * mmap.PAGESIZE
 
 
 class KilledError(BaseException):
@@ -190,11 +200,19 @@ def watched_calls(*folders: Path, without_links: bool | str = False, short: int 
                 real["writev"](fd, [b"".join(words[0])[: sum(map(len, words[0])) // 2]])
             if short and name == "writev":
                 words = ([b"".join(words[0])[:short]],)
+            if name == "pwrite":
+                data, offset = words
+                if calls.is_torn():
+                    real["pwrite"](fd, data[: _whole_pages(len(data) // 2)], offset)
+                if short:
+                    words = (data[: _whole_pages(short)], offset)
             if short and name == "pread":
                 words = (min(words[0], short), *words[1:])
             found = calls.carry_out(name, lambda: real[name](fd, *words))
             if name == "writev":
                 calls.tell(name, fd, b"".join(words[0])[:found])
+            if name == "pwrite":
+                calls.tell("writev", fd, bytes(words[0][:found]))
             if name == "fsync":
                 calls.tell(name, fd)
             return found
@@ -219,6 +237,7 @@ def watched_calls(*folders: Path, without_links: bool | str = False, short: int 
     for name in _OF_DESCRIPTORS:
         patch.setattr(os, name, of_descriptor(name))
     patch.setattr(fcntl, "flock", flock)
+    patch.setattr(local, "_DIRECT", _DIRECT)
     patch.setattr(local, "rename_new", rename)
     try:
         yield calls
