@@ -26,7 +26,7 @@ from remetal.vm.qemu import start_machine
 CLIENTS = 3
 FREEZE_LIMIT = 60
 """Seconds for which an emulated machine may be held."""
-GENTLE = "--limit-read 8M --nice 19 --ionice idle"
+GENTLE = "--limit-read 8M --nice 5 --ionice idle"
 """How a backup is told to leave an emulated machine to others."""
 _DATA, _VAULT = 2560 * MIB, 5 * GIB
 _SAMPLE = 20.0
