@@ -12,12 +12,13 @@ from remetal.errors import DamagedError, RefusedError, RemetalError, Unavailable
 from remetal.repository.catalog import open_catalog
 from remetal.repository.check import check_repository
 from remetal.repository.forget import forget_snapshots
-from remetal.repository.journal import last_repair
+from remetal.repository.journal import Journal, last_repair
 from remetal.repository.locks import hold_machine
 from remetal.repository.objects import pack_name
 from remetal.repository.parity import find_groups
 from remetal.repository.prune import prune_machine
 from remetal.repository.repair import accept_repair, repair_repository, undo_repair
+from remetal.storage import UnreadableError
 from tests.repositories import CHUNK, MemoryStore, Site, StoreDiedError, backup, die_at, make_site, noise, restore
 
 _DATA = noise("whole", 7)
@@ -288,6 +289,39 @@ def test_what_somebody_else_has_mended_stays(site: Site) -> None:
     assert (step.action, step.name) == ("aside", name)
     assert not repair.undo_step(number, step)
     assert site.store.objects[name] == good
+
+
+class Failing(MemoryStore):
+    """A store in memory that cannot read some bytes of an object."""
+
+    bad = range(0)
+
+    def get(self, name: str, *, start: int = 0, size: int | None = None) -> bytes:
+        data = super().get(name, start=start, size=size)
+        if name == "packs/bad" and range(max(start, self.bad.start), min(start + len(data), self.bad.stop)):
+            raise UnreadableError("a bad sector")
+        return data
+
+
+@pytest.mark.parametrize("bad", [range(1), range(249, 250), range(99, 101), range(120, 130), range(250)])
+def test_of_what_cannot_be_read_the_rest_is_kept(monkeypatch: pytest.MonkeyPatch, bad: range) -> None:
+    monkeypatch.setattr("remetal.repository.journal._PART", 100)
+    monkeypatch.setattr("remetal.repository.journal._BLOCK", 10)
+    data = bytes(range(1, 251))
+    store = Failing({"packs/bad": data})
+    store.bad = bad
+    journal = Journal(store, {})
+    journal.set_aside("packs/bad")
+    assert (journal.aside, "packs/bad" in store.objects) == (1, False)
+    repair = last_repair(store)
+    assert repair is not None
+    ((number, step),) = repair.steps
+    blocks = [data[start : start + 10] for start in range(0, 250, 10)]
+    kept = [bytes(10) if set(range(10 * n, 10 * n + 10)) & set(bad) else each for n, each in enumerate(blocks)]
+    assert repair.read_aside(step) == b"".join(kept)
+    store.bad = range(0)
+    assert repair.undo_step(number, step)
+    assert store.objects["packs/bad"] == b"".join(kept)
 
 
 def test_a_damaged_journal_is_told_and_nothing_is_taken_back(site: Site) -> None:

@@ -32,7 +32,7 @@ from remetal.repository.objects import (
 )
 from remetal.repository.packs import MAX_PACK
 from remetal.repository.parity import PIECE, Group, Xor, parity_folder, read_group
-from remetal.storage import Entry, NotFoundError, Store
+from remetal.storage import Entry, NotFoundError, Store, UnreadableError
 
 _ID = "[0-9a-f]{32}"
 _HASH = "[0-9a-f]{64}"
@@ -182,11 +182,15 @@ class _Scrub:
 
     def _compare(self, name: str, size: int, xor: Xor | None = None, skip: int = 0) -> bool:
         """Hash an object, XOR its bytes behind the first `skip` in, and return whether it is what was written."""
-        if self._hash(name, size, xor, skip) == hash_in_name(name):
-            return True
+        problem = f"the object {name} is not what was written: its hash differs"
+        try:
+            if self._hash(name, size, xor, skip) == hash_in_name(name):
+                return True
+        except UnreadableError as error:
+            problem = error.message
         if name not in self.result.bad:
             self.result.bad.add(name)
-            self.result.problems.append(f"the object {name} is not what was written: its hash differs")
+            self.result.problems.append(problem)
         return False
 
     def _hash(self, name: str, size: int, xor: Xor | None, skip: int) -> bytes | None:
