@@ -18,6 +18,7 @@ from remetal.repository.objects import pack_name
 from remetal.repository.parity import find_groups
 from remetal.repository.prune import prune_machine
 from remetal.repository.repair import accept_repair, repair_repository, undo_repair
+from remetal.repository.repository import open_repository
 from remetal.storage import UnreadableError
 from tests.repositories import CHUNK, MemoryStore, Site, StoreDiedError, backup, die_at, make_site, noise, restore
 
@@ -289,6 +290,38 @@ def test_what_somebody_else_has_mended_stays(site: Site) -> None:
     assert (step.action, step.name) == ("aside", name)
     assert not repair.undo_step(number, step)
     assert site.store.objects[name] == good
+
+
+class Misread(MemoryStore):
+    """A store in memory one read of which goes wrong: of the object `name`, after so many that went well."""
+
+    name = ""
+    passed = 0
+    how = ""
+
+    def get(self, name: str, *, start: int = 0, size: int | None = None) -> bytes:
+        data = super().get(name, start=start, size=size)
+        if name == self.name:
+            self.passed -= 1
+            if self.passed == -1 and self.how == "unreadable":
+                raise UnreadableError("a bad sector")
+            if self.passed == -1:
+                return data[: len(data) // 2] if self.how == "short" else bytes(len(data))
+        return data
+
+
+@pytest.mark.parametrize("passed", [0, 1, 2])
+@pytest.mark.parametrize("how", ["short", "zeros", "unreadable"])
+def test_what_was_misread_once_is_not_touched(start: Site, how: str, passed: int) -> None:
+    for name in named(start, ""):
+        store = Misread(dict(start.store.objects))
+        site = Site(store, open_repository(store), start.keys, start.key)
+        store.name, store.passed, store.how = name, passed, how
+        result = repair_repository(site.repository, site.key)
+        store.name = ""
+        assert (result.aside, result.lost) == (0, []), name
+        assert same_but_for_locks(site, start.store.objects) or result.indexed, name
+        need_sound(site)
 
 
 class Failing(MemoryStore):

@@ -83,6 +83,7 @@ def repair_repository(repository: Repository, key: RecipientKey | None, *, repor
         result = RepairResult()
         report(Step("Comparing every object with the hash in its name"))
         scrubbed = scrub_store(repository.store, report)
+        scrubbed.look_again()
         work = _Mending(repository, key, machines, journal, scrubbed, result, report)
         work.each_machine(work.mend_packs)
         if key is not None:

@@ -24,6 +24,7 @@ from remetal.repository.objects import (
     MAX_KEY_OBJECT,
     PACKS,
     PARITY,
+    get_named,
     get_object,
     hash_in_name,
     largest,
@@ -52,7 +53,8 @@ class Scrubbed:
     """What a scrub has found: how much it read, sentences about what is wrong, and the state of packs and parity.
 
     `bad` are names of objects that are not what was written, packs that parity misses included. `misfits` are names of
-    parity objects all of whose packs are whole and give other parity. `unprotected` counts packs in no group.
+    parity objects that are what was written and no parity: nonsense, or other than their packs give, all of which are
+    whole. `unprotected` counts packs in no group.
     """
 
     store: Store
@@ -63,6 +65,16 @@ class Scrubbed:
     misfits: set[str] = field(default_factory=set)
     unprotected: int = 0
     _index: tuple[str, GroupIndex] | None = field(default=None, repr=False)
+
+    def look_again(self) -> None:
+        """Read once more what is bad: what is whole now was misread, by a store or a computer that is not at its best.
+
+        Meant for the moment before anything is made of it.
+        """
+        for name in list(self.bad):
+            with suppress(DamagedError):
+                get_named(self.store, name, largest(name))
+                self.bad.discard(name)
 
     def groups_of(self, name: str) -> list[Group]:
         """Return the groups that a pack is in."""
@@ -170,14 +182,17 @@ class _Scrub:
         elif whole:
             good.add(group.packs.items())
 
-    def _read_group(self, entry: Entry) -> Group | None:
+    def _read_group(self, entry: Entry, *, again: bool = False) -> Group | None:
         """Return what a parity object says of itself; None if it says nothing that can be."""
         try:
             return read_group(self._store, entry)
         except (DamagedError, NotFoundError) as error:
-            if self._compare(entry.name, entry.size):
-                self.result.problems.append(str(error))
-                self.result.bad.add(entry.name)
+            if not self._compare(entry.name, entry.size):
+                return None
+            if not again:  # it is what was written: was it misread?
+                return self._read_group(entry, again=True)
+            self.result.problems.append(str(error))
+            self.result.misfits.add(entry.name)
             return None
 
     def _compare(self, name: str, size: int, xor: Xor | None = None, skip: int = 0) -> bool:
@@ -199,7 +214,7 @@ class _Scrub:
         hasher = blake3()
         done = 0
         with suppress(NotFoundError):
-            while piece := self._store.get(name, start=done, size=skip if done < skip else PIECE):
+            while piece := self._store.get(name, start=done, size=skip - done if done < skip else PIECE):
                 if xor is not None and skip <= done and done - skip + len(piece) <= MAX_PACK:
                     xor.add_at(done - skip, piece)
                 hasher.update(piece)
