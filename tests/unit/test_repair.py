@@ -96,7 +96,7 @@ def test_any_damage_to_any_pack_is_mended_and_the_repair_taken_back(start: Site,
         broken = dict(site.store.objects)
         assert what == "gone" or any(name in each for each in check_repository(site.repository).problems)
         result = repair_repository(site.repository, None if keyless else site.key)
-        assert (result.rebuilt, result.lost, result.aside) == (1, [], 0 if what == "gone" else 1)
+        assert (result.rebuilt, result.lost, result.damaged, result.aside) == (1, [], [], 0 if what == "gone" else 1)
         assert site.store.objects[name] == start.store.objects[name]
         need_sound(site)
         assert repair_repository(site.repository, site.key).number == 0
@@ -292,6 +292,36 @@ def test_what_somebody_else_has_mended_stays(site: Site) -> None:
     assert site.store.objects[name] == good
 
 
+@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize(
+    "kind", ["keys/recipients/", "keys/slots/", "keys/machines/", "keys/secrets/", "index/", "maps/", "history/"]
+)
+def test_what_is_beyond_a_repair_is_told(start: Site, kind: str, *, gone: bool) -> None:
+    """With a key the index is made anew; without one its loss cannot be told, nor that of what sealed records name."""
+    for name in named(start, kind):
+        for keyless in (True, False):
+            site = start.copy()
+            apply(site, name, None if gone else b"damaged")
+            result = repair_repository(site.repository, None if keyless else site.key)
+            told = "index/" not in kind if not keyless else not gone or kind in {"keys/recipients/", "keys/machines/"}
+            if gone and kind in {"keys/slots/", "history/"}:
+                told = name == named(start, "history/")[0]  # nothing names a passphrase, nor the newest entry
+            assert bool(result.damaged) == told, (name, keyless)
+            assert gone or not told or any(name in each for each in result.damaged)
+            assert (result.lost, check_repository(site.repository, keys=None if keyless else site.key).ok) == (
+                [],
+                not told,
+            )
+
+
+@pytest.mark.parametrize("name", ["repairs/", "aside/"])
+def test_a_damaged_journal_is_beyond_a_repair(site: Site, name: str) -> None:
+    apply(site, named(site, "packs/")[0], b"damaged")
+    repair_repository(site.repository, site.key)
+    apply(site, named(site, name)[-1], b"damaged as well")
+    assert [named(site, name)[-1] in each for each in repair_repository(site.repository, site.key).damaged] == [True]
+
+
 class Misread(MemoryStore):
     """A store in memory one read of which goes wrong: of the object `name`, after so many that went well."""
 
@@ -320,6 +350,7 @@ def test_what_was_misread_once_is_not_touched(start: Site, how: str, passed: int
         result = repair_repository(site.repository, site.key)
         store.name = ""
         assert (result.aside, result.lost) == (0, []), name
+        assert not result.damaged or name.startswith(("config", "keys/", "maps/")), "as a check would, it tells that"
         assert same_but_for_locks(site, start.store.objects) or result.indexed, name
         need_sound(site)
 

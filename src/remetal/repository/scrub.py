@@ -50,17 +50,18 @@ _OF_MACHINE = re.compile(
 
 @dataclass(slots=True)
 class Scrubbed:
-    """What a scrub has found: how much it read, sentences about what is wrong, and the state of packs and parity.
+    """What a scrub has found: how much it read, what is wrong, and the state of packs and parity.
 
-    `bad` are names of objects that are not what was written, packs that parity misses included. `misfits` are names of
-    parity objects that are what was written and no parity: nonsense, or other than their packs give, all of which are
-    whole. `unprotected` counts packs in no group.
+    `problems` has a sentence for each object that is there and not as it should be, by its name. `bad` are names of
+    objects that are not what was written, packs that parity misses included. `misfits` are names of parity objects that
+    are what was written and no parity: nonsense, or other than their packs give, all of which are whole. `unprotected`
+    counts packs in no group.
     """
 
     store: Store
     objects: int = 0
     bytes: int = 0
-    problems: list[str] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)
     bad: set[str] = field(default_factory=set)
     misfits: set[str] = field(default_factory=set)
     unprotected: int = 0
@@ -74,7 +75,13 @@ class Scrubbed:
         for name in list(self.bad):
             with suppress(DamagedError):
                 get_named(self.store, name, largest(name))
-                self.bad.discard(name)
+                self.forget(name)
+
+    def forget(self, name: str) -> None:
+        """Note that nothing is wrong with an object any more."""
+        self.bad.discard(name)
+        self.misfits.discard(name)
+        self.problems.pop(name, None)
 
     def groups_of(self, name: str) -> list[Group]:
         """Return the groups that a pack is in."""
@@ -139,7 +146,7 @@ class _Scrub:
             try:
                 decode_config(get_object(self._store, CONFIG, MAX_KEY_OBJECT))
             except (DamagedError, RefusedError) as error:
-                self.result.problems.append(error.message)
+                self.result.problems[CONFIG] = error.message
         elif not entry.name.startswith(HISTORY):
             self._compare(entry.name, entry.size)
 
@@ -178,7 +185,7 @@ class _Scrub:
             fits = self._compare(name, size, xor) and fits
         if fits and not xor.is_zero():
             result.misfits.add(group.name)
-            result.problems.append(f"the parity in {group.name} does not fit its packs, which are whole")
+            result.problems[group.name] = f"the parity in {group.name} does not fit its packs, which are whole"
         elif whole:
             good.add(group.packs.items())
 
@@ -191,7 +198,7 @@ class _Scrub:
                 return None
             if not again:  # it is what was written: was it misread?
                 return self._read_group(entry, again=True)
-            self.result.problems.append(str(error))
+            self.result.problems[entry.name] = str(error)
             self.result.misfits.add(entry.name)
             return None
 
@@ -205,7 +212,7 @@ class _Scrub:
             problem = error.message
         if name not in self.result.bad:
             self.result.bad.add(name)
-            self.result.problems.append(problem)
+            self.result.problems[name] = problem
         return False
 
     def _hash(self, name: str, size: int, xor: Xor | None, skip: int) -> bytes | None:
