@@ -269,6 +269,21 @@ def test_one_damaged_pack_costs_nothing(backed_up: Site, machine_disk: Path, dam
     backed_up.remetal("repair", "--undo", code=3)
 
 
+@pytest.mark.parametrize("kind", ["maps", "history", "keys/secrets"])
+def test_what_no_repair_can_mend_is_told(backed_up: Site, kind: str) -> None:
+    flip(objects(backed_up, kind)[0])
+    told = backed_up.remetal("repair", code=5)
+    assert f"damaged: the object {kind}" in told.out
+    assert "Repaired: nothing." in told.out
+
+
+def test_a_damaged_index_is_told_where_no_key_is_at_hand(backed_up: Site) -> None:
+    flip(objects(backed_up, "index")[0])
+    assert "damaged: the object index" in backed_up.remetal("repair", code=5, REMETAL_PASSPHRASE_FILE="").out
+    backed_up.remetal("repair")
+    assert "nothing to do" in backed_up.remetal("repair", REMETAL_PASSPHRASE_FILE="").out
+
+
 def test_a_lost_index_is_made_anew(backed_up: Site, machine_disk: Path) -> None:
     for path in objects(backed_up, "index"):
         path.unlink()

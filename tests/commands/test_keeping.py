@@ -141,6 +141,33 @@ def test_nothing_is_deleted_of_a_damaged_machine(site: Site, disk: Path) -> None
     assert repository_size(site) == before
 
 
+@pytest.mark.parametrize("kind", ["keys/machines", "keys/secrets"])
+def test_a_machine_that_cannot_be_opened_is_told_and_the_others_go_on(site: Site, disk: Path, kind: str) -> None:
+    (damaged,) = (path for path in (site.repository / kind).iterdir())
+    site.remetal("backup", "--machine", "db", "--disk", disk, "--tag", "d0")
+    site.remetal("backup", "--machine", "db", "--disk", disk, "--tag", "d1")
+    damaged.write_bytes(b"garbage")
+    for words in (("--dry-run",), ()):
+        done = site.remetal("forget", "--keep-last", "1", *words, "--json", code=5)
+        assert [(each["tags"], each["kept"]) for each in done.json] == [(["d0"], []), (["d1"], ["newest", "last"])]
+        assert f"warning: the object {kind}" in done.err.lower()
+    done = site.remetal("prune", "--json", code=5)
+    assert [each["machine"] for each in done.json] == ["db"]
+    assert f"warning: the object {kind}" in done.err.lower()
+    assert "passed over" in done.err
+    for command in (("forget", "--keep-last", "1"), ("prune",)):
+        site.remetal(*command, "--machine", "db")
+        assert "none of those that can be opened" in site.remetal(*command, "--machine", "web", code=5).err
+
+
+def test_forget_tells_of_what_it_cannot_read(site: Site, disk: Path) -> None:
+    oldest = min((site.repository / "history").rglob("*/*"))
+    oldest.write_bytes(b"garbage")
+    done = site.remetal("forget", "--keep-last", "2", "--json", code=5)
+    assert [each["tags"] for each in done.json] == [["t1"], ["t2"]]
+    assert f"history/{oldest.parent.name}/{oldest.name}" in done.err
+
+
 def test_the_keys_of_a_machine_do_not_forget(shared: Site) -> None:
     for words in (("forget", "--keep-last", "1"), ("prune",)):
         assert "passphrase is needed" in shared.remetal(*words, code=3, REMETAL_PASSPHRASE_FILE="").err

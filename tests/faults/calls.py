@@ -74,6 +74,47 @@ def _whole_pages(size: int) -> int:
     return max(size // mmap.PAGESIZE, 1) * mmap.PAGESIZE
 
 
+@contextmanager
+def bad_sector(path: Path, start: int = 0) -> Iterator[None]:
+    """Let reads of a file fail that reach a bad sector at `start`, as long as the file exists, under whatever name."""
+    with path.open("rb") as file:  # open, so that no other file becomes this inode
+        bad = os.fstat(file.fileno())
+
+        def is_bad(fd: int, size: int, offset: int) -> bool:
+            return offset < start + 512 and start < offset + size and os.path.samestat(os.fstat(fd), bad)
+
+        with _failing_reads(is_bad):
+            yield
+
+
+@contextmanager
+def unplugged_disk(after: int) -> Iterator[None]:
+    """Let every read fail after so many."""
+    count = 0
+
+    def is_gone(fd: int, size: int, offset: int) -> bool:
+        nonlocal count
+        count += 1
+        return count > after
+
+    with _failing_reads(is_gone):
+        yield
+
+
+@contextmanager
+def _failing_reads(fails: Callable[[int, int, int], bool]) -> Iterator[None]:
+    real = os.pread
+
+    def pread(fd: int, size: int, offset: int) -> bytes:
+        if fails(fd, size, offset):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, size, offset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "pread", pread)
+        yield
+
+
 class KilledError(BaseException):
     """The process is no more."""
 

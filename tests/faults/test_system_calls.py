@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from remetal.cli.app import run_command
-from remetal.errors import EXIT_CODES, RefusedError, UnavailableError
+from remetal.errors import EXIT_CODES, DamagedError, RefusedError, UnavailableError, UnfinishedError
 from remetal.repository import encoder
 from remetal.repository.catalog import open_catalog
 from remetal.repository.check import check_repository
@@ -28,7 +28,7 @@ from remetal.repository.repository import (
     unlock_with_passphrase,
 )
 from remetal.storage import LocalStore
-from tests.faults.calls import AFTER, ERRORS, Calls, Fault, watched_calls
+from tests.faults.calls import AFTER, ERRORS, Calls, Fault, bad_sector, unplugged_disk, watched_calls
 from tests.faults.campaign import World, need_listed, need_sound
 from tests.faults.counting import Count, StartCount
 from tests.faults.schedule import InlineExecutor
@@ -65,14 +65,14 @@ class Place:
         return self.folder / "repository"
 
     def run(self, *words: str) -> tuple[int, str]:
-        """Run a command as a person does; return its exit code and what it says on standard error."""
-        said = io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, redirect_stderr(said), redirect_stdout(io.StringIO()):
+        """Run a command as a person does; return its exit code and what it says on standard error, or else at all."""
+        said, shown = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stderr(said), redirect_stdout(shown):
             patch.setenv("REMETAL_REPO", str(self.root))
             patch.setenv("REMETAL_STATE", str(self.folder / "state"))
             patch.setenv("REMETAL_PASSPHRASE_FILE", str(self.folder / "passphrase"))
             code = run_command([*words, "--quiet"])
-        return code, said.getvalue()
+        return code, said.getvalue() or shown.getvalue()
 
     def need(self, *words: str) -> None:
         code, said = self.run(*words)
@@ -144,9 +144,20 @@ def faults_of(names: list[str]) -> Iterator[Fault]:
 
 
 def run_campaign(
-    place: Place, work: Work, look: Look, count: Count, *, share: int, offset: int = 0, without_links: bool = False
+    place: Place,
+    work: Work,
+    look: Look,
+    count: Count,
+    *,
+    share: int,
+    offset: int = 0,
+    without_links: bool = False,
+    look_again: Look | None = None,
 ) -> None:
-    """Run a command with every fault, or with one in `share` of them, and look at what is left after each."""
+    """Run a command with every fault, or with one in `share` of them, and look at what is left after each.
+
+    `look_again` looks instead of `look` where one object could not be read once, and can be when it is read again.
+    """
     folder = place.folder.with_name("case")
 
     def watched() -> tuple[Place, Calls, int, str]:
@@ -168,9 +179,10 @@ def run_campaign(
         with count.case(f"{calls.names[fault.at - 1]} {errno.errorcode[fault.number]} {fault}"):
             assert calls.hits
             assert code in EXIT_CODES
-            assert code == 0 or said.startswith("remetal: "), said
+            assert code == 0 or said.startswith(("remetal: ", "damaged: ")), said
             assert "error in remetal itself" not in said, said
-            look(case, code)
+            misread = calls.names[fault.at - 1] == "pread" and fault.number == errno.EIO and not fault.lasting
+            (look_again if look_again is not None and misread else look)(case, code)
         if code:
             count.told()
 
@@ -331,21 +343,22 @@ def test_restore(place: Place, share: int, counts: StartCount, tmp_path: Path) -
 
 @BOTH
 def test_check(place: Place, share: int, counts: StartCount) -> None:
-    """A check that could not look does not say that all is well."""
+    """A check that could not look does not say that all is well, unless it has looked again."""
 
     def look(case: Place, code: int) -> None:
-        assert code
-
-    def look_all(case: Place, code: int) -> None:
         if fine:
             assert code == 0
             fine.pop()
         else:
-            look(case, code)
+            assert code
+
+    def look_again(case: Place, code: int) -> None:
+        assert code in {0, DamagedError.exit_code, UnavailableError.exit_code}
 
     fine = [True]
     words = ("check", "--read-data")
-    run_campaign(place, lambda case: case.run(*words), look_all, counts(_CAMPAIGN + "check"), share=share)
+    count = counts(_CAMPAIGN + "check")
+    run_campaign(place, lambda case: case.run(*words), look, count, share=share, look_again=look_again)
 
 
 def test_short_writes_and_reads(place: Place, counts: StartCount) -> None:
@@ -376,3 +389,112 @@ def test_a_write_whose_sync_failed_is_written_anew(place: Place) -> None:
         calls.names.clear()
         store.put("packs/ac", [b"y"])
         assert {"make", "writev", "fsync", "link"} <= set(calls.names)
+
+
+def objects_of(root: Path, *prefixes: str) -> dict[str, bytes]:
+    """Return the objects of a repository below prefixes, by name."""
+    found = {str(each.relative_to(root)): each for each in root.rglob("*") if each.is_file()}
+    return {name: each.read_bytes() for name, each in found.items() if name.startswith(prefixes or "")}
+
+
+def count_restored(case: Place, target: Path, *words: str) -> int:
+    """Restore all snapshots by the command, and return how many came back; none comes back otherwise than it was."""
+    count = 0
+    for identity, data in case.expected.items():
+        code, said = case.run("restore", identity, "--map", f"disk.img={target}", "--yes", *words)
+        assert code in {0, DamagedError.exit_code}, said
+        assert code or target.read_bytes() == data
+        count += not code
+        target.unlink(missing_ok=True)
+    return count
+
+
+def test_a_check_tells_of_every_bad_sector(place: Place, counts: StartCount) -> None:
+    count = counts("bad sectors")
+    for name in sorted(objects_of(place.root)):
+        if not name.startswith((".tmp/", "locks/")):
+            with count.case(name), bad_sector(place.root / name):
+                code, said = place.run("check")
+                assert code == (UnavailableError.exit_code if name == "config" else DamagedError.exit_code), said
+            count.told()
+
+
+@pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
+def test_a_bad_sector_in_a_pack(place: Place, where: float, counts: StartCount, tmp_path: Path) -> None:
+    """Every command goes through it, because parity tells what the pack was, and a repair puts it in place again."""
+    count = counts("bad sectors")
+    good = objects_of(place.root)
+    target = tmp_path / "target.img"
+    for name in sorted(objects_of(place.root, "packs/")):
+        case = place.copied(place.folder.with_name("case"))
+        start = int(where * (len(good[name]) - 512))
+        with count.case(name), bad_sector(case.root / name, start):
+            assert case.run("check", "--read-data")[0] == DamagedError.exit_code
+            assert check_repository(case.site().repository).repairable == 1
+            assert count_restored(case, target) == 2
+            copy = case.folder / "copy"
+            assert case.run("copy", "--to", str(copy))[0] == DamagedError.exit_code
+            assert objects_of(copy, "packs/", "history/") == objects_of(place.root, "packs/", "history/")
+            assert count_restored(case, target, "--repo", str(copy)) == 2
+            case.need("repair")
+            case.need("check", "--read-data")
+            case.need("repair", "--undo")
+            assert {**objects_of(case.root), name: good[name]} == good
+            case.need("repair")
+            look_after(case, 0)
+        count.told()
+
+
+@pytest.mark.parametrize("kind", ["parity/", "index/"])
+def test_a_bad_sector_in_what_can_be_made_anew(place: Place, kind: str, counts: StartCount, tmp_path: Path) -> None:
+    count = counts("bad sectors")
+    for name in sorted(objects_of(place.root, kind)):
+        case = place.copied(place.folder.with_name("case"))
+        with count.case(name), bad_sector(case.root / name):
+            assert case.run("check")[0] == DamagedError.exit_code
+            assert count_restored(case, tmp_path / "target.img") == 2 or kind == "index/"
+            case.need("repair")
+            assert count_restored(case, tmp_path / "target.img") == 2
+            look_after(case, 0)
+        count.told()
+
+
+@pytest.mark.parametrize("kind", ["packs/", "index/", "maps/", "history/"])
+def test_a_backup_goes_on_whatever_cannot_be_read(place: Place, kind: str, counts: StartCount, tmp_path: Path) -> None:
+    count = counts("bad sectors")
+    for name in sorted(objects_of(place.root, kind)):
+        case = place.copied(place.folder.with_name("case"))
+        with count.case(name), bad_sector(case.root / name):
+            code, said = case.backup(2)
+            assert code == 0, said
+            case.need("restore", "latest", "--map", f"disk.img={tmp_path / 'target.img'}", "--yes")
+            assert (tmp_path / "target.img").read_bytes() == _DISKS[2]
+        (tmp_path / "target.img").unlink()
+
+
+@pytest.mark.parametrize("command", ["check", "repair", "copy", "restore"])
+def test_a_disk_that_is_gone_is_not_taken_for_damage(
+    place: Place, command: str, counts: StartCount, tmp_path: Path
+) -> None:
+    """However far a command has come when the disk is unplugged, it says that, and nothing is repaired or set aside."""
+    count = counts("unplugged disks")
+    words = {
+        "copy": ("--to", str(tmp_path / "copy")),
+        "restore": (next(iter(place.expected)), "--map", f"disk.img={tmp_path / 'target.img'}", "--yes"),
+    }
+    before = objects_of(place.root)
+    code = after = 0
+    while code or not after:
+        case = place.copied(place.folder.with_name("case"))
+        with count.case(after), unplugged_disk(after):
+            code, said = case.run(command, *words.get(command, ()))
+            assert code in {0, UnavailableError.exit_code, UnfinishedError.exit_code}, said
+            assert "Input/output error" in said or not code, said
+        if code:
+            count.told()
+        shutil.rmtree(case.root / "locks", ignore_errors=True)
+        assert objects_of(case.root) == before
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        (tmp_path / "target.img").unlink(missing_ok=True)
+        after += 1
+    assert after > 15

@@ -18,7 +18,7 @@ from remetal.repository.check import check_repository
 from remetal.repository.forget import forget_snapshots
 from remetal.repository.prune import prune_machine
 from remetal.repository.repository import open_repository
-from remetal.storage import AlreadyExistsError, LocalStore, NotFoundError, local, open_store
+from remetal.storage import AlreadyExistsError, LocalStore, NotFoundError, UnreadableError, local, open_store
 from remetal.storage.local import rename_new
 from remetal.system.blockdev import Span
 from remetal.system.loop import attach_loop
@@ -160,6 +160,31 @@ def test_a_read_only_disk_says_so(small_disk: Path) -> None:
         with pytest.raises(UnavailableError) as caught:
             LocalStore(folder).put("config", [b""])
         assert "read-only" in caught.value.hint
+
+
+@pytest.mark.parametrize("config", [None, "whole", "bad"])
+@pytest.mark.parametrize("large", [None, "whole", "bad"])
+def test_what_alone_cannot_be_read_is_told_from_a_disk_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str | None, large: str | None
+) -> None:
+    store, bad = LocalStore(tmp_path), {"packs/ab"}
+    for name, state in (("packs/ab", "bad"), ("config", config), ("packs/aa", large)):
+        if state is not None:
+            store.put(name, [bytes(100_000)])
+            store.get(name)
+        bad |= {name} if state == "bad" else set()
+    real = os.pread
+
+    def pread(fd: int, size: int, offset: int) -> bytes:
+        if str(Path(f"/proc/self/fd/{fd}").readlink().relative_to(tmp_path)) in bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, size, offset)
+
+    monkeypatch.setattr(os, "pread", pread)
+    alive = (large or config) == "whole"
+    with pytest.raises(UnreadableError if alive else UnavailableError, match=r"packs/ab.*Input/output") as told:
+        store.get("packs/ab")
+    assert ("remetal repair" in told.value.hint) == alive
 
 
 def test_renaming_never_replaces(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def parity_of(site: Site) -> dict[str, bytes]:
 def need_protected(site: Site) -> None:
     """Every pack is in a whole group, and every group fits its packs."""
     found = scrub_store(site.store, lambda event: None)
-    assert (found.problems, found.unprotected, found.bad) == ([], 0, set())
+    assert (found.problems, found.unprotected, found.bad) == ({}, 0, set())
 
 
 def test_every_pack_of_a_backup_is_protected(site: Site) -> None:

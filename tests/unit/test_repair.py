@@ -12,12 +12,14 @@ from remetal.errors import DamagedError, RefusedError, RemetalError, Unavailable
 from remetal.repository.catalog import open_catalog
 from remetal.repository.check import check_repository
 from remetal.repository.forget import forget_snapshots
-from remetal.repository.journal import last_repair
+from remetal.repository.journal import Journal, last_repair
 from remetal.repository.locks import hold_machine
 from remetal.repository.objects import pack_name
 from remetal.repository.parity import find_groups
 from remetal.repository.prune import prune_machine
 from remetal.repository.repair import accept_repair, repair_repository, undo_repair
+from remetal.repository.repository import open_repository
+from remetal.storage import UnreadableError
 from tests.repositories import CHUNK, MemoryStore, Site, StoreDiedError, backup, die_at, make_site, noise, restore
 
 _DATA = noise("whole", 7)
@@ -94,7 +96,7 @@ def test_any_damage_to_any_pack_is_mended_and_the_repair_taken_back(start: Site,
         broken = dict(site.store.objects)
         assert what == "gone" or any(name in each for each in check_repository(site.repository).problems)
         result = repair_repository(site.repository, None if keyless else site.key)
-        assert (result.rebuilt, result.lost, result.aside) == (1, [], 0 if what == "gone" else 1)
+        assert (result.rebuilt, result.lost, result.damaged, result.aside) == (1, [], [], 0 if what == "gone" else 1)
         assert site.store.objects[name] == start.store.objects[name]
         need_sound(site)
         assert repair_repository(site.repository, site.key).number == 0
@@ -288,6 +290,102 @@ def test_what_somebody_else_has_mended_stays(site: Site) -> None:
     assert (step.action, step.name) == ("aside", name)
     assert not repair.undo_step(number, step)
     assert site.store.objects[name] == good
+
+
+@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize(
+    "kind", ["keys/recipients/", "keys/slots/", "keys/machines/", "keys/secrets/", "index/", "maps/", "history/"]
+)
+def test_what_is_beyond_a_repair_is_told(start: Site, kind: str, *, gone: bool) -> None:
+    """With a key the index is made anew; without one its loss cannot be told, nor that of what sealed records name."""
+    for name in named(start, kind):
+        for keyless in (True, False):
+            site = start.copy()
+            apply(site, name, None if gone else b"damaged")
+            result = repair_repository(site.repository, None if keyless else site.key)
+            told = "index/" not in kind if not keyless else not gone or kind in {"keys/recipients/", "keys/machines/"}
+            if gone and kind in {"keys/slots/", "history/"}:
+                told = name == named(start, "history/")[0]  # nothing names a passphrase, nor the newest entry
+            assert bool(result.damaged) == told, (name, keyless)
+            assert gone or not told or any(name in each for each in result.damaged)
+            assert (result.lost, check_repository(site.repository, keys=None if keyless else site.key).ok) == (
+                [],
+                not told,
+            )
+
+
+@pytest.mark.parametrize("name", ["repairs/", "aside/"])
+def test_a_damaged_journal_is_beyond_a_repair(site: Site, name: str) -> None:
+    apply(site, named(site, "packs/")[0], b"damaged")
+    repair_repository(site.repository, site.key)
+    apply(site, named(site, name)[-1], b"damaged as well")
+    assert [named(site, name)[-1] in each for each in repair_repository(site.repository, site.key).damaged] == [True]
+
+
+class Misread(MemoryStore):
+    """A store in memory one read of which goes wrong: of the object `name`, after so many that went well."""
+
+    name = ""
+    passed = 0
+    how = ""
+
+    def get(self, name: str, *, start: int = 0, size: int | None = None) -> bytes:
+        data = super().get(name, start=start, size=size)
+        if name == self.name:
+            self.passed -= 1
+            if self.passed == -1 and self.how == "unreadable":
+                raise UnreadableError("a bad sector")
+            if self.passed == -1:
+                return data[: len(data) // 2] if self.how == "short" else bytes(len(data))
+        return data
+
+
+@pytest.mark.parametrize("passed", [0, 1, 2])
+@pytest.mark.parametrize("how", ["short", "zeros", "unreadable"])
+def test_what_was_misread_once_is_not_touched(start: Site, how: str, passed: int) -> None:
+    for name in named(start, ""):
+        store = Misread(dict(start.store.objects))
+        site = Site(store, open_repository(store), start.keys, start.key)
+        store.name, store.passed, store.how = name, passed, how
+        result = repair_repository(site.repository, site.key)
+        store.name = ""
+        assert (result.aside, result.lost) == (0, []), name
+        assert not result.damaged or name.startswith(("config", "keys/", "maps/")), "as a check would, it tells that"
+        assert same_but_for_locks(site, start.store.objects) or result.indexed, name
+        need_sound(site)
+
+
+class Failing(MemoryStore):
+    """A store in memory that cannot read some bytes of an object."""
+
+    bad = range(0)
+
+    def get(self, name: str, *, start: int = 0, size: int | None = None) -> bytes:
+        data = super().get(name, start=start, size=size)
+        if name == "packs/bad" and range(max(start, self.bad.start), min(start + len(data), self.bad.stop)):
+            raise UnreadableError("a bad sector")
+        return data
+
+
+@pytest.mark.parametrize("bad", [range(1), range(249, 250), range(99, 101), range(120, 130), range(250)])
+def test_of_what_cannot_be_read_the_rest_is_kept(monkeypatch: pytest.MonkeyPatch, bad: range) -> None:
+    monkeypatch.setattr("remetal.repository.journal._PART", 100)
+    monkeypatch.setattr("remetal.repository.journal._BLOCK", 10)
+    data = bytes(range(1, 251))
+    store = Failing({"packs/bad": data})
+    store.bad = bad
+    journal = Journal(store, {})
+    journal.set_aside("packs/bad")
+    assert (journal.aside, "packs/bad" in store.objects) == (1, False)
+    repair = last_repair(store)
+    assert repair is not None
+    ((number, step),) = repair.steps
+    blocks = [data[start : start + 10] for start in range(0, 250, 10)]
+    kept = [bytes(10) if set(range(10 * n, 10 * n + 10)) & set(bad) else each for n, each in enumerate(blocks)]
+    assert repair.read_aside(step) == b"".join(kept)
+    store.bad = range(0)
+    assert repair.undo_step(number, step)
+    assert store.objects["packs/bad"] == b"".join(kept)
 
 
 def test_a_damaged_journal_is_told_and_nothing_is_taken_back(site: Site) -> None:

@@ -9,9 +9,9 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from remetal.cli.options import Credentials, Machine, Output, Repo, need_secret
-from remetal.cli.output import print_result, reporting
+from remetal.cli.output import print_error, print_result, reporting
 from remetal.cli.tables import decided_table, snapshot_record
-from remetal.errors import UsageError
+from remetal.errors import RemetalError, UsageError
 from remetal.repository.retention import Policy
 from remetal.workflows.retention import Policies, forget_by_policy, forget_named, read_policies
 
@@ -66,12 +66,13 @@ def forget(
     dry_run: Annotated[bool, Parameter(name=["--dry-run", "-n"], negative="", help="Only show what would go.")] = False,
     credentials: Credentials = Credentials(),
     output: Output = Output(),
-) -> None:
+) -> int:
     """Forget snapshots: those that are named, or all that a policy does not keep.
 
     A policy keeps the newest snapshot of so many hours, days, weeks, months and years; only periods that have a
     snapshot count, so nothing goes merely because time has passed. A machine's newest snapshot is always kept. What
-    was forgotten is not listed any more; its data is deleted by `remetal prune`.
+    was forgotten is not listed any more; its data is deleted by `remetal prune`. By a policy, what is damaged is passed
+    over, and told (exit code 5).
 
     Parameters
     ----------
@@ -85,15 +86,22 @@ def forget(
             hint="For example: remetal forget --keep-daily 7 --keep-weekly 5 --keep-monthly 12",
         )
     secret = need_secret(credentials)
+    passed_over: RemetalError | None = None
     if snapshots:
         decided = forget_named(repo, secret, snapshots, machine=machine, even_newest=even_newest, dry_run=dry_run)
     else:
         policies = read_policies(policy) if policy is not None else Policies(default=wished)
         with reporting(output) as report:
-            decided = forget_by_policy(repo, secret, policies, machine=machine, dry_run=dry_run, report=report)
+            decided, passed_over = forget_by_policy(
+                repo, secret, policies, machine=machine, dry_run=dry_run, report=report
+            )
     going = sum(not each.reasons for each in decided)
     verb = "would be forgotten" if dry_run else "forgotten"
     record = [{**snapshot_record(each.snapshot), "kept": list(each.reasons)} for each in decided]
     summary = f"{going} snapshot{'' if going == 1 else 's'} {verb}, {len(decided) - going} kept."
     hint = "\nTheir data stays until `remetal prune`." if going and not dry_run else ""
     print_result(output, record, decided_table(decided), summary + hint)
+    if passed_over is None:
+        return 0
+    print_error(passed_over, as_json=False)  # standard output has its JSON
+    return passed_over.exit_code

@@ -57,8 +57,8 @@ def prune(
 
     After `remetal key add-recipient` and `key accept`, or `key remove-recipient`, `--reseal` makes the old data follow.
 
-    Nothing is deleted of a machine whose history or index is damaged (exit code 5), or that is being backed up (6);
-    the others are pruned all the same.
+    Nothing is deleted of a machine whose record, secrets, history or index is damaged (exit code 5), or that is being
+    backed up (6); the others are pruned all the same.
     """
     if not 0 <= max_unused <= 100:
         raise UsageError(f"--max-unused {max_unused:g} is no part of a hundred")

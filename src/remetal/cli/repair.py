@@ -40,7 +40,7 @@ def repair(
     object knows are put into the index as well.
 
     It only adds objects. What was damaged is set aside, not deleted, and all of it can be undone. Ends with exit code 5
-    if packs are beyond help: bring those back from a copy, or back up again and forget the snapshots that need them.
+    if anything is damaged still: bring it back from a copy, or back up again and forget the snapshots that need it.
     """
     if undo and accept:
         raise UsageError("--undo and --accept exclude each other", hint="Give one of them.")
@@ -65,9 +65,10 @@ def repair(
         output,
         result,
         *(f"[red]lost:[/red] {escape(each)}" for each in result.lost),
+        *(f"[red]damaged:[/red] {escape(each)}" for each in result.damaged),
         _summary(result, secret),
     )
-    if result.lost:
+    if result.lost or result.damaged:
         return DamagedError.exit_code
     if result.busy:
         raise UnavailableError(
@@ -88,7 +89,7 @@ def _summary(result: RepairResult, secret: Secret | None) -> str:
         )
         if count
     ]
-    said = "; ".join(done) if done else "nothing to do"
+    said = "; ".join(done) or ("nothing" if result.lost or result.damaged else "nothing to do")
     taken = " `remetal repair --undo` takes it back." if done else ""
     index = "" if secret is not None else " The index was not looked at: that takes the passphrase or the recovery kit."
     return f"Repaired: {said}.{taken}{index}"

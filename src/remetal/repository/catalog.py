@@ -80,7 +80,8 @@ class History:
 class Catalog:
     """Verified snapshots, oldest first, and in `problems` a sentence for everything that is not as it should be.
 
-    `ledgers` are by machine, as `machines` are; `retired` are those whose keys count no more.
+    `closed` are those of the problems that keep machines from being opened at all. `ledgers` are by machine, as
+    `machines` are; `retired` are those whose keys count no more.
     """
 
     repository: Repository
@@ -88,6 +89,7 @@ class Catalog:
     ledgers: dict[str, Ledgers] = field(default_factory=dict)
     retired: Mapping[str, Retired] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    closed: Sequence[str] = ()
     _snapshots: list[Snapshot] = field(default_factory=list)
 
     def snapshots(self) -> list[Snapshot]:
@@ -272,6 +274,7 @@ def _open_machines(catalog: Catalog, key: RecipientKey) -> None:
     found = (_FOLDER.match(entry.name) for entry in repository.store.entries(HISTORY))
     owners = {match[1] for match in found if match}
     catalog.problems += [f"the machine of {HISTORY}{each}/ has no record" for each in sorted(owners - known)]
+    catalog.closed = tuple(catalog.problems)
 
 
 def need_unretired(repository: Repository, machine: MachineRecord) -> None:

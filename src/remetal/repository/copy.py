@@ -37,7 +37,9 @@ from remetal.repository.objects import (
     PARITY,
     SLOTS,
     damaged,
+    get_named,
     hash_in_name,
+    is_there,
     largest,
     pack_name,
     put_once,
@@ -46,7 +48,7 @@ from remetal.repository.parity import find_groups, parity_folder, rebuild_from
 from remetal.repository.protect import Sorting
 from remetal.repository.repository import Repository
 from remetal.repository.snapshots import MAX_SNAPSHOT
-from remetal.storage import Entry, NotFoundError, Store
+from remetal.storage import Entry, NotFoundError, Store, UnreadableError
 
 AT_ONCE = 4
 """Objects under way at the same time; each may take 64 MiB."""
@@ -197,18 +199,16 @@ def _copy_named(source: Store, target: Store, entry: Entry, replace: bool, rebui
 
     A damaged pack is copied as it was written, if parity can tell what that was.
     """
-    limit = largest(entry.name)
     problem = ""
     try:
-        data = source.get(entry.name, size=limit + 1)
-    except NotFoundError:
-        return ""  # deleted meanwhile: nothing that stays needs it
-    if len(data) > limit or digest(data) != hash_in_name(entry.name):
-        problem = damaged(entry.name, "it is not what was written: its hash differs").message
+        data = get_named(source, entry.name, largest(entry.name))
+    except DamagedError as error:
+        if not is_there(source, entry.name):
+            return ""  # deleted meanwhile: nothing that stays needs it
         rebuilt = rebuilding.rebuild(entry.name)
         if rebuilt is None:
-            return problem
-        problem, data = f"{problem}; the copy is whole, because parity told what it was", rebuilt
+            return error.message
+        problem, data = f"{error.message}; the copy is whole, because parity told what it was", rebuilt
     if replace:
         target.delete(entry.name)
     put_once(target, entry.name, [data])
@@ -259,20 +259,12 @@ def _copy_history(
                 raise damaged(entry.name, "its machine has no record")
             data = read_entry(repository, entry.name, machine, vouched)[1]
         except DamagedError as error:
-            if _exists(repository.store, entry.name):
+            if is_there(repository.store, entry.name):
                 result.problems.append(error.message)
             continue
         target.put(entry.name, [data])
         result.objects += 1
         result.bytes += len(data)
-
-
-def _exists(store: Store, name: str) -> bool:
-    try:
-        store.get(name, size=1)
-    except NotFoundError:
-        return False
-    return True
 
 
 def _compare(source: Store, target: Store, entry: Entry, result: CopyResult) -> None:
@@ -281,6 +273,9 @@ def _compare(source: Store, target: Store, entry: Entry, result: CopyResult) -> 
     try:
         same = source.get(entry.name, size=limit) == target.get(entry.name, size=limit)
     except NotFoundError:
+        return
+    except UnreadableError as error:
+        result.problems.append(error.message)
         return
     if not same:
         result.problems.append(

@@ -29,17 +29,20 @@ from remetal.repository.objects import (
     encode_json,
     get_named,
     hash_in_name,
+    is_there,
     miscalculated,
     put_hashed,
     put_named,
 )
 from remetal.repository.repository import utc_now
-from remetal.storage import AlreadyExistsError, Entry, NotFoundError, Pieces, Store
+from remetal.storage import AlreadyExistsError, Entry, NotFoundError, Pieces, Store, UnreadableError
 from remetal.storage.store import is_volatile
 from remetal.units import MIB
 
 _PART = 32 * MIB
 """What is set aside is kept in parts of at most so many bytes."""
+_BLOCK = MIB
+"""Of an object that cannot be read, so many bytes are given up at once: each attempt may take the disk seconds."""
 _TOUCHED = (PACKS, PARITY, INDEX)
 """What a repair adds or sets aside; an undo leaves all else alone, whatever a journal says."""
 _STEP = re.compile(rf"{REPAIRS}([0-9a-f]{{16}})/([0-9a-f]{{8}})\.[0-9a-f]{{64}}")
@@ -88,7 +91,7 @@ class Journal:
         if is_volatile(name):
             self._store.put(name, data)
             return
-        if _exists(self._store, name):
+        if is_there(self._store, name):
             raise AlreadyExistsError(f"{self.location} has an object '{name}' already")
         record = self._note(StepRecord(action="added", name=name))
         try:
@@ -120,21 +123,45 @@ class Journal:
         """The store is not ours to close."""
 
     def set_aside(self, name: str) -> None:
-        """Take an object out of the repository, keeping its bytes; one that is not there changes nothing."""
+        """Take an object out of the repository, keeping its bytes; one that is not there changes nothing.
+
+        Of one that cannot be read, what can be read is kept, with zeros in place of the rest.
+        """
         parts: list[str] = []
         self._begin()
         start = 0
         try:
-            while piece := self._store.get(name, start=start, size=_PART):
-                prefix = f"{ASIDE}{self._number:016x}/{self._steps:08x}.{len(parts):08x}."
-                parts.append(put_named(self._store, prefix, piece))
-                start += len(piece)
+            try:
+                while piece := self._store.get(name, start=start, size=_PART):
+                    parts.append(self._keep(piece, len(parts)))
+                    start += len(piece)
+                self._need_same(name, parts)
+            except UnreadableError:
+                parts = [self._keep(piece, number) for number, piece in enumerate(self._salvage(name))]
         except NotFoundError:
             return
-        self._need_same(name, parts)
         self._note(StepRecord(action="aside", name=name, parts=tuple(parts)))
         self._store.delete(name)
         self.aside += 1
+
+    def _keep(self, piece: bytes, number: int) -> str:
+        """Store a part of what is being set aside, and return its name."""
+        return put_named(self._store, f"{ASIDE}{self._number:016x}/{self._steps:08x}.{number:08x}.", piece)
+
+    def _salvage(self, name: str) -> Iterator[bytes]:
+        """Yield the parts of an object, with zeros in place of what cannot be read."""
+        size = next((entry.size for entry in self._store.entries(name) if entry.name == name), 0)
+        for start in range(0, size, _PART):
+            end = min(start + _PART, size)
+            yield b"".join(
+                self._salvage_block(name, each, min(each + _BLOCK, end)) for each in range(start, end, _BLOCK)
+            )
+
+    def _salvage_block(self, name: str, start: int, end: int) -> bytes:
+        try:
+            return self._store.get(name, start=start, size=end - start)
+        except UnreadableError:
+            return bytes(end - start)
 
     def _need_same(self, name: str, parts: Iterable[str]) -> None:
         """Raise RemetalError unless an object's parts are what it has in the store: then it may be deleted."""
@@ -209,7 +236,7 @@ class Repair:
 
         An object that stands where one was set aside, and is another one, stays: it was not put there by the repair.
         """
-        changed = _exists(self._store, step.name) == (step.action == "added")
+        changed = is_there(self._store, step.name) == (step.action == "added")
         if step.action == "added":
             self._store.delete(step.name)
         elif changed:
@@ -239,11 +266,3 @@ def _records(store: Store) -> Iterator[tuple[int, int, str]]:
         match = _STEP.fullmatch(entry.name)
         if match:
             yield int(match[1], 16), int(match[2], 16), entry.name
-
-
-def _exists(store: Store, name: str) -> bool:
-    try:
-        store.get(name, size=1)
-    except NotFoundError:
-        return False
-    return True

@@ -14,7 +14,7 @@ import msgspec
 
 from remetal.errors import DamagedError, RemetalError
 from remetal.repository.cipher import digest
-from remetal.storage import AlreadyExistsError, NotFoundError, Pieces, Store
+from remetal.storage import AlreadyExistsError, NotFoundError, Pieces, Store, UnreadableError
 
 CONFIG = "config"
 RECIPIENTS = "keys/recipients/"
@@ -126,6 +126,17 @@ def get_named(store: Store, name: str, limit: int) -> bytes:
     if digest(data) != hash_in_name(name):
         raise DamagedError(f"the object {name} is not what was written: its hash differs", hint=HELP)
     return data
+
+
+def is_there(store: Store, name: str) -> bool:
+    """Whether a store has an object, be it readable or not."""
+    try:
+        store.get(name, size=1)
+    except NotFoundError:
+        return False
+    except UnreadableError:
+        pass
+    return True
 
 
 def damaged(name: str, what: str) -> DamagedError:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from remetal.repository.cipher import CipherError, digest, open_record, seal_record
 from remetal.repository.machines import Domain
 from remetal.repository.objects import HEADER_SIZE, damaged, get_named, hash_in_name, header, miscalculated
-from remetal.storage import AlreadyExistsError, NotFoundError, Store
+from remetal.storage import AlreadyExistsError, NotFoundError, Store, UnreadableError
 
 _COUNT = struct.Struct("<I")
 PREFIX_SIZE = HEADER_SIZE + 32 + _COUNT.size
@@ -75,7 +75,7 @@ def _put_or_compare(store: Store, name: str, data: bytes) -> bool:
     try:
         store.put(name, [data])
     except AlreadyExistsError:
-        with suppress(NotFoundError):
+        with suppress(NotFoundError, UnreadableError):
             return store.get(name, size=len(data) + 1) == data
         return False
     return True

@@ -22,7 +22,7 @@ from remetal.repository.catalog import (
     read_entry,
     read_vouched,
 )
-from remetal.repository.check import known_packs, rebuild_index
+from remetal.repository.check import CheckResult, check_records, known_packs, rebuild_index
 from remetal.repository.chunks import find_packs, image_runs, read_contents
 from remetal.repository.history import LEDGER, is_gone, sequence_of
 from remetal.repository.journal import Journal, Repair, last_repair
@@ -46,10 +46,11 @@ _EVERYWHERE = "0" * 32
 
 @dataclass(slots=True)
 class RepairResult:
-    """What a repair did: counts of objects, and a sentence for each pack that is beyond help.
+    """What a repair did: counts of objects, and a sentence for each thing that it could not mend.
 
-    `indexed` packs are in the index now and were not; `rebuilt` ones were damaged or missing and are whole; `parity` is
-    how many parity objects were added. `number` is the repair's own, 0 if there was nothing to do.
+    `lost` tells of packs that are beyond help, `damaged` of all else that is not as it should be. `indexed` packs are
+    in the index now and were not; `rebuilt` ones were damaged or missing and are whole; `parity` is how many parity
+    objects were added. `number` is the repair's own, 0 if there was nothing to do.
     """
 
     number: int = 0
@@ -58,6 +59,7 @@ class RepairResult:
     parity: int = 0
     aside: int = 0
     lost: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
     busy: list[str] = field(default_factory=list)
 
 
@@ -84,12 +86,14 @@ def repair_repository(repository: Repository, key: RecipientKey | None, *, repor
         result = RepairResult()
         report(Step("Comparing every object with the hash in its name"))
         scrubbed = scrub_store(repository.store, report)
+        scrubbed.look_again()
         work = _Mending(repository, key, machines, journal, scrubbed, result, report)
         work.each_machine(work.mend_packs)
         if key is not None:
             work.mend_index(key)
         if repository.config.parity:
             work.each_machine(work.mend_parity)
+        work.tell_rest()
         result.number, result.aside = journal.number, journal.aside
         return result
 
@@ -186,7 +190,7 @@ class _Mending:
                     continue
                 self._journal.set_aside(name)
                 put_hashed(self._journal, name, [data])
-                scrubbed.bad.discard(name)
+                scrubbed.forget(name)
                 result.rebuilt += 1
                 self._report(Note(f"rebuilt from parity: {name}"))
         unneeded = self._unneeded() if waiting else set[bytes]()
@@ -203,6 +207,7 @@ class _Mending:
         self._result.indexed = rebuild_index(self._mending, key, report=self._report)
         for name in sorted(each for each in self._scrubbed.bad if each.startswith(INDEX)):
             self._journal.set_aside(name)
+            self._scrubbed.forget(name)
 
     def mend_parity(self, machine_id: str) -> None:
         """Set parity aside that is of no use, and add what is lacking."""
@@ -211,12 +216,24 @@ class _Mending:
         broken |= {each for each in scrubbed.misfits if each.startswith(parity_folder(machine_id))}
         for name in sorted(broken):
             self._journal.set_aside(name)
+            scrubbed.forget(name)
         ledger = self._ledger(machine_id)
         refused = ledger.packs if ledger is not None else frozenset[bytes]()
         bad = {hash_in_name(each) or b"" for each in scrubbed.bad if each.startswith(pack_folder(machine_id))}
         staying = find_packs(self._mending, machine_id, without=refused | bad)
         done = protect_packs(self._mending, machine_id, staying, only_add=True, report=self._report)
         self._result.parity += done.added
+
+    def tell_rest(self) -> None:
+        """Note what is damaged still: what a scrub sees, and what a check of the records finds now.
+
+        Packs are told elsewhere, and so are machines that are passed over: the next repair looks at theirs.
+        """
+        busy = tuple(folder(each) for each in self._result.busy for folder in (pack_folder, parity_folder))
+        rest = {name: said for name, said in self._scrubbed.problems.items() if not name.startswith((PACKS, *busy))}
+        records = CheckResult()
+        check_records(self._repository, self._key, records, self._report, without=self._result.busy)
+        self._result.damaged += dict.fromkeys([*rest.values(), *records.problems])
 
     def _unneeded(self) -> set[bytes]:
         """Return missing packs that nothing needs, although parity still tells of them: they are in no index.

@@ -24,6 +24,7 @@ from remetal.repository.objects import (
     MAX_KEY_OBJECT,
     PACKS,
     PARITY,
+    get_named,
     get_object,
     hash_in_name,
     largest,
@@ -32,7 +33,7 @@ from remetal.repository.objects import (
 )
 from remetal.repository.packs import MAX_PACK
 from remetal.repository.parity import PIECE, Group, Xor, parity_folder, read_group
-from remetal.storage import Entry, NotFoundError, Store
+from remetal.storage import Entry, NotFoundError, Store, UnreadableError
 
 _ID = "[0-9a-f]{32}"
 _HASH = "[0-9a-f]{64}"
@@ -49,20 +50,38 @@ _OF_MACHINE = re.compile(
 
 @dataclass(slots=True)
 class Scrubbed:
-    """What a scrub has found: how much it read, sentences about what is wrong, and the state of packs and parity.
+    """What a scrub has found: how much it read, what is wrong, and the state of packs and parity.
 
-    `bad` are names of objects that are not what was written, packs that parity misses included. `misfits` are names of
-    parity objects all of whose packs are whole and give other parity. `unprotected` counts packs in no group.
+    `problems` has a sentence for each object that is there and not as it should be, by its name. `bad` are names of
+    objects that are not what was written, packs that parity misses included. `misfits` are names of parity objects that
+    are what was written and no parity: nonsense, or other than their packs give, all of which are whole. `unprotected`
+    counts packs in no group.
     """
 
     store: Store
     objects: int = 0
     bytes: int = 0
-    problems: list[str] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)
     bad: set[str] = field(default_factory=set)
     misfits: set[str] = field(default_factory=set)
     unprotected: int = 0
     _index: tuple[str, GroupIndex] | None = field(default=None, repr=False)
+
+    def look_again(self) -> None:
+        """Read once more what is bad: what is whole now was misread, by a store or a computer that is not at its best.
+
+        Meant for the moment before anything is made of it.
+        """
+        for name in list(self.bad):
+            with suppress(DamagedError):
+                get_named(self.store, name, largest(name))
+                self.forget(name)
+
+    def forget(self, name: str) -> None:
+        """Note that nothing is wrong with an object any more."""
+        self.bad.discard(name)
+        self.misfits.discard(name)
+        self.problems.pop(name, None)
 
     def groups_of(self, name: str) -> list[Group]:
         """Return the groups that a pack is in."""
@@ -127,7 +146,7 @@ class _Scrub:
             try:
                 decode_config(get_object(self._store, CONFIG, MAX_KEY_OBJECT))
             except (DamagedError, RefusedError) as error:
-                self.result.problems.append(error.message)
+                self.result.problems[CONFIG] = error.message
         elif not entry.name.startswith(HISTORY):
             self._compare(entry.name, entry.size)
 
@@ -166,27 +185,34 @@ class _Scrub:
             fits = self._compare(name, size, xor) and fits
         if fits and not xor.is_zero():
             result.misfits.add(group.name)
-            result.problems.append(f"the parity in {group.name} does not fit its packs, which are whole")
+            result.problems[group.name] = f"the parity in {group.name} does not fit its packs, which are whole"
         elif whole:
             good.add(group.packs.items())
 
-    def _read_group(self, entry: Entry) -> Group | None:
+    def _read_group(self, entry: Entry, *, again: bool = False) -> Group | None:
         """Return what a parity object says of itself; None if it says nothing that can be."""
         try:
             return read_group(self._store, entry)
         except (DamagedError, NotFoundError) as error:
-            if self._compare(entry.name, entry.size):
-                self.result.problems.append(str(error))
-                self.result.bad.add(entry.name)
+            if not self._compare(entry.name, entry.size):
+                return None
+            if not again:  # it is what was written: was it misread?
+                return self._read_group(entry, again=True)
+            self.result.problems[entry.name] = str(error)
+            self.result.misfits.add(entry.name)
             return None
 
     def _compare(self, name: str, size: int, xor: Xor | None = None, skip: int = 0) -> bool:
         """Hash an object, XOR its bytes behind the first `skip` in, and return whether it is what was written."""
-        if self._hash(name, size, xor, skip) == hash_in_name(name):
-            return True
+        problem = f"the object {name} is not what was written: its hash differs"
+        try:
+            if self._hash(name, size, xor, skip) == hash_in_name(name):
+                return True
+        except UnreadableError as error:
+            problem = error.message
         if name not in self.result.bad:
             self.result.bad.add(name)
-            self.result.problems.append(f"the object {name} is not what was written: its hash differs")
+            self.result.problems[name] = problem
         return False
 
     def _hash(self, name: str, size: int, xor: Xor | None, skip: int) -> bytes | None:
@@ -195,7 +221,7 @@ class _Scrub:
         hasher = blake3()
         done = 0
         with suppress(NotFoundError):
-            while piece := self._store.get(name, start=done, size=skip if done < skip else PIECE):
+            while piece := self._store.get(name, start=done, size=skip - done if done < skip else PIECE):
                 if xor is not None and skip <= done and done - skip + len(piece) <= MAX_PACK:
                     xor.add_at(done - skip, piece)
                 hasher.update(piece)

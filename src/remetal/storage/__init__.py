@@ -12,7 +12,15 @@ from remetal.pace import Pace
 from remetal.storage.limit import LimitedStore
 from remetal.storage.local import LocalStore
 from remetal.storage.retry import RetryingStore
-from remetal.storage.store import AlreadyExistsError, Entry, NotFoundError, Pieces, RetainedError, Store
+from remetal.storage.store import (
+    AlreadyExistsError,
+    Entry,
+    NotFoundError,
+    Pieces,
+    RetainedError,
+    Store,
+    UnreadableError,
+)
 from remetal.units import KIB, parse_bytes
 
 __all__ = [
@@ -23,6 +31,7 @@ __all__ = [
     "Pieces",
     "RetainedError",
     "Store",
+    "UnreadableError",
     "find_folder",
     "is_redundant",
     "open_folder",

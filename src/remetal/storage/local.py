@@ -25,7 +25,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from remetal.errors import UnavailableError
-from remetal.storage.store import AlreadyExistsError, Entry, NotFoundError, Pieces, check_name, is_name
+from remetal.storage.store import (
+    AlreadyExistsError,
+    Entry,
+    NotFoundError,
+    Pieces,
+    UnreadableError,
+    check_name,
+    is_name,
+)
 from remetal.units import format_bytes
 
 _TEMPORARY = ".tmp"
@@ -43,6 +51,10 @@ _DIRECT, _DIRECT_STEP = 1 << 20, 4 << 20
 """From how many bytes on an object goes past the page cache, and how many of them in one call."""
 _NO_DIRECT = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
 """What file systems answer that cannot do that."""
+_UNREADABLE = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG})
+"""What reading a file answers on a bad sector, or where what the file system knows of the file is damaged."""
+_WITNESS, _WITNESS_SIZE = "config", 64 << 10
+"""An object that stands in every repository; one of which so much was read tells more: it is in no inode."""
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _NO_SUCH_CALL = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK})
@@ -61,6 +73,7 @@ class LocalStore:
         self._seen: set[Path] = set()
         self._settling = threading.Lock()
         self._swept = False
+        self._witness = _WITNESS
 
     @property
     def location(self) -> str:
@@ -160,9 +173,43 @@ class LocalStore:
                 if not stat.S_ISREG(state.st_mode):
                     raise NotFoundError(f"{self._location} has no object '{name}'")
                 end = state.st_size if size is None else min(state.st_size, start + size)
-                return _read_all(fd, start, end)
+                data = self._read(name, fd, start, end)
             finally:
                 os.close(fd)
+        if len(data) >= _WITNESS_SIZE:
+            self._witness = name
+        return data
+
+    def _read(self, name: str, fd: int, start: int, end: int) -> bytes:
+        """Read an object's bytes. Raises UnreadableError if it is only this object that cannot be read."""
+        try:
+            return _read_all(fd, start, end)
+        except OSError as error:
+            if error.errno not in _UNREADABLE or not self._is_alive(name):
+                raise
+            raise UnreadableError(
+                f"the object {name} cannot be read: {os.strerror(error.errno)}",
+                hint=f"The disk that {self._location} lies on is failing, `dmesg` tells more: run `remetal repair`, "
+                "and have a copy on another disk (`remetal copy`).",
+            ) from error
+
+    def _is_alive(self, failed: str) -> bool:
+        """Whether the disk gives another object that was read before, once the kernel has forgotten what it read."""
+        for name in (self._witness, _WITNESS):
+            if name == failed:
+                continue
+            try:
+                fd = os.open(self.root / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                    return bool(os.pread(fd, 1, 0))
+                finally:
+                    os.close(fd)
+            except FileNotFoundError:  # deleted meanwhile
+                continue
+            except OSError:
+                return False
+        return False
 
     def entries(self, prefix: str) -> Iterator[Entry]:
         """Yield objects in the order of names; see the contract."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from remetal.errors import RemetalError, UsageError
+from remetal.errors import DamagedError, RemetalError, UsageError
 
 _VOLATILE = "locks/"
 _NAME = re.compile(r"[a-z0-9_-][a-z0-9._-]{0,199}(?:/[a-z0-9_-][a-z0-9._-]{0,199}){0,7}")
@@ -24,6 +24,10 @@ class NotFoundError(RemetalError):
 
 class AlreadyExistsError(RemetalError):
     """An object of that name is there already; it was left as it is."""
+
+
+class UnreadableError(DamagedError):
+    """The store has the object and cannot read it, though it reads others; trying again is of no use."""
 
 
 class RetainedError(RemetalError):
@@ -81,7 +85,8 @@ class Store(Protocol):
     def get(self, name: str, *, start: int = 0, size: int | None = None) -> bytes:
         """Return `size` bytes of an object from byte `start`; to its end if `size` is None.
 
-        A range that reaches behind the end returns what there is. Raises NotFoundError.
+        A range that reaches behind the end returns what there is. Raises NotFoundError, and UnreadableError if some
+        of these bytes cannot be read.
         """
 
     def entries(self, prefix: str) -> Iterator[Entry]:

@@ -12,6 +12,7 @@ from remetal.errors import DamagedError, RefusedError, RemetalError, Unavailable
 from remetal.events import Report, Step, Warn, silent
 from remetal.repository.catalog import Catalog, open_catalog
 from remetal.repository.forget import forget_snapshots
+from remetal.repository.objects import HELP
 from remetal.repository.prune import PruneResult, prune_machine
 from remetal.repository.retention import Policy, check_policy, choose_kept
 from remetal.repository.retired import find_line, find_successors
@@ -58,11 +59,12 @@ def forget_by_policy(
     machine: str | None = None,
     dry_run: bool = False,
     report: Report = silent,
-) -> list[Decided]:
+) -> tuple[list[Decided], RemetalError | None]:
     """Forget what the policies do not keep, of all machines or of one, and return what was decided of each snapshot.
 
-    Nothing is forgotten with `dry_run`. Raises RefusedError if the secret is wrong or no machine of that name is there,
-    DamagedError if a machine's history is not whole.
+    With it comes the error for what could not be read and was passed over. Nothing is forgotten with `dry_run`. Raises
+    RefusedError if the secret is wrong, UsageError if no machine of that name is there, DamagedError if the history of
+    a machine of which something is to be forgotten is not whole.
     """
     for policy in (*policies.machines.values(), *([policies.default] if policies.default else [])):
         check_policy(policy)
@@ -77,11 +79,12 @@ def forget_by_policy(
             if own is not None:
                 reasons = choose_kept(mine, own, catalog.retired)
             decided += [Decided(each, reasons.get(each.id, ())) for each in mine]
+        passed_over = _pass_over(catalog.problems if machine is None else (), report)
         going = [each.snapshot.id for each in decided if not each.reasons]
         if going and not dry_run:
             report(Step(f"Forgetting {len(going)} snapshots"))
             forget_snapshots(repository, key, going)
-        return decided
+        return decided, passed_over
 
 
 def forget_named(
@@ -131,10 +134,10 @@ def prune_repository(
     A machine that is being backed up, or whose records are damaged, does not keep the others from being pruned.
     """
     results: list[PruneResult] = []
-    worst: RemetalError | None = None
     with opened_repository(location, urgent=True) as repository:
         key = unlock(repository, secret)
         catalog = open_catalog(repository, key)
+        worst = _pass_over(catalog.closed if machine is None else (), report)
         for machine_id in find_machines(catalog, machine):
             try:
                 results.append(
@@ -155,10 +158,25 @@ def prune_repository(
     return results, worst
 
 
+def _pass_over(problems: Sequence[str], report: Report) -> RemetalError | None:
+    """Tell what keeps something from being looked at, and return the error that stands for it, if there is any."""
+    for each in problems:
+        report(Warn(each, HELP))
+    if not problems:
+        return None
+    more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+    return DamagedError(f"what is damaged was passed over: {problems[0]}{more}", hint=HELP)
+
+
 def find_machines(catalog: Catalog, wanted: str | None) -> list[str]:
-    """Return the ids of all machines, or of those that a name or an id means. Raises UsageError if there is none."""
+    """Return the ids of all machines, or of those that a name or an id means.
+
+    Raises UsageError if there is none, DamagedError if it may be one that cannot be opened.
+    """
     machines = {each.machine.id: each.machine.name for each in catalog.machines.values()}
     found = [each for each in machines if wanted is None or is_of_machine(wanted, machines[each], each)]
+    if wanted is not None and not found and catalog.closed:
+        raise DamagedError(f"machine '{wanted}' is none of those that can be opened: {catalog.closed[0]}", hint=HELP)
     if wanted is not None and not found:
         known = ", ".join(sorted(set(machines.values())))
         raise UsageError(f"there is no machine '{wanted}'", hint=f"The repository has: {known}." if known else "")
