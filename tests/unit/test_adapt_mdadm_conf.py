@@ -145,7 +145,10 @@ def test_mdadm_assembles_the_array_on_other_devices_by_the_planned_text(tmp_path
     outcome = run_in_uml(
         f"""
         mdadm --create /dev/md0 --run --level=1 --raid-devices=2 --metadata=1.2 --uuid={ARRAY} /dev/ubdb /dev/ubdc
+        udevadm settle
         mdadm --stop /dev/md0
+        udevadm settle  # it looks at what has changed, and may assemble it by itself
+        mdadm --stop --scan
         if mdadm --assemble --scan --config={tmp_path}/old; then exit 7; fi
         mdadm --assemble --scan --config={tmp_path}/new
         mdadm --detail --export /dev/md0
