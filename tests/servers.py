@@ -63,10 +63,31 @@ def running_sshd(folder: Path, *options: str) -> Iterator[SshServer]:
         yield SshServer(port, folder / "client", known, log)
 
 
+@dataclass(frozen=True)
+class Certificate:
+    """A certificate that nobody but itself vouches for, and its private key."""
+
+    path: Path
+    key: Path
+
+
+def make_certificate(folder: Path, address: str) -> Certificate:
+    """Make a certificate for an IP address."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = Certificate(folder / "certificate.pem", folder / "key.pem")
+    words = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", "/CN=vault"]
+    argv = ["openssl", "req", "-x509", *words, "-addext", f"subjectAltName=IP:{address}", "-days", "2"]
+    subprocess.run([*argv, "-keyout", found.key, "-out", found.path], check=True, capture_output=True)
+    return found
+
+
 @contextmanager
-def running_nginx(folder: Path, root: Path, *directives: str) -> Iterator[str]:
+def running_nginx(folder: Path, root: Path, *directives: str, certificate: Certificate | None = None) -> Iterator[str]:
     """Run nginx over `root` and yield its address; `directives` stand in the block of the location."""
     folder.mkdir(parents=True, exist_ok=True)
+    secured = ""
+    if certificate is not None:
+        secured = f"    ssl_certificate {certificate.path};\n    ssl_certificate_key {certificate.key};\n"
     port = free_port()
     own = "".join(f"      {each};\n" for each in directives)
     temporary = "".join(
@@ -77,10 +98,11 @@ def running_nginx(folder: Path, root: Path, *directives: str) -> Iterator[str]:
         f"user {getpass.getuser()};\ndaemon off;\nworker_processes 1;\nerror_log {folder / 'error.log'};\n"
         f"pid {folder / 'pid'};\nevents {{ worker_connections 256; }}\n"
         f"http {{\n{temporary}  access_log off;\n"
-        f"  server {{\n    listen 127.0.0.1:{port};\n    root {root};\n    location / {{\n{own}    }}\n  }}\n}}\n"
+        f"  server {{\n    listen 127.0.0.1:{port}{' ssl' if secured else ''};\n{secured}    root {root};\n"
+        f"    location / {{\n{own}    }}\n  }}\n}}\n"
     )
     with _running(["/usr/sbin/nginx", "-c", str(config), "-e", str(folder / "error.log")], port):
-        yield f"http://127.0.0.1:{port}"
+        yield f"http{'s' if secured else ''}://127.0.0.1:{port}"
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import asyncssh
@@ -28,7 +28,7 @@ from remetal.system.loop import attach_loop
 from remetal.system.mounts import mounted
 from remetal.units import MIB
 from tests.repositories import MemoryStore, Site, backup, make_site, restore
-from tests.servers import SshServer, free_port, running_handler, running_nginx, running_sshd
+from tests.servers import SshServer, free_port, make_certificate, running_handler, running_nginx, running_sshd
 
 _DISK = 320 * MIB
 
@@ -209,6 +209,26 @@ def test_a_repository_over_sftp_and_its_copy_on_the_web(sshd: SshServer, tmp_pat
         with pytest.raises(RefusedError, match="can only be read"):
             backup(site, data)
         web.close()
+
+
+def test_a_web_server_has_to_show_a_certificate_that_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "repo/a").write_bytes(b"0123456789")
+    good, other = make_certificate(tmp_path / "good", "127.0.0.1"), make_certificate(tmp_path / "other", "127.0.0.2")
+    for shown, trusted, words in ((good, None, "certificate"), (other, other, "127.0.0.1"), (good, good, "")):
+        monkeypatch.setenv("SSL_CERT_FILE", str(trusted.path if trusted is not None else "/dev/null"))
+        with (
+            running_nginx(tmp_path / "nginx", tmp_path / "repo", "autoindex on", certificate=shown) as address,
+            closing(open_store(address)) as store,
+        ):
+            if words:
+                with pytest.raises(RefusedError, match=words):
+                    store.get("a")
+            else:
+                assert store.get("a", start=3, size=4) == b"3456"
+                assert [each.name for each in store.entries("")] == ["a"]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ The server has to list folders, as HTML (nginx, Apache, Caddy, `python -m http.s
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from urllib.parse import quote, unquote, urljoin, urlsplit
@@ -205,6 +206,12 @@ class HttpStore:
                 else:
                     answer.close()
         except (urllib3.exceptions.HTTPError, OSError) as error:
+            reason = next((each for each in error.args if isinstance(each, ssl.SSLCertVerificationError)), None)
+            if reason is not None:
+                raise RefusedError(
+                    f"{self._location} shows a certificate that is not trusted: {reason.verify_message}",
+                    hint="If an authority of your own has signed it, name that one's certificate: SSL_CERT_FILE=FILE.",
+                ) from error
             raise self._failed(path, str(error)) from error
 
     def _endless(self, name: str) -> DamagedError:
