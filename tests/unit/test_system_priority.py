@@ -9,6 +9,7 @@ import pytest
 
 LOOK = """
 import os, subprocess, threading
+from concurrent.futures import ThreadPoolExecutor
 from remetal.system.priority import normal_priority, set_priority
 
 def look():
@@ -18,8 +19,12 @@ def look():
 
 {0}
 look()
+pool = ThreadPoolExecutor(1)
+pool.submit(int).result()
 with normal_priority():
     look()
+    pool.submit(look).result()
+pool.submit(look).result()
 look()
 thread = threading.Thread(target=look)
 thread.start()
@@ -28,7 +33,7 @@ thread.join()
 
 
 def looks(change: str) -> list[str]:
-    """Return what this and another thread see of their priorities, before, during and after normal priority."""
+    """Return what threads see of their priorities: this one and another before, during and after normal priority."""
     argv = [sys.executable, "-c", LOOK.format(change)]
     return subprocess.run(argv, check=True, capture_output=True, text=True).stdout.splitlines()
 
@@ -41,9 +46,9 @@ def looks(change: str) -> list[str]:
     ],
 )
 def test_less_is_inherited_and_taken_back_for_a_while(change: str, low: str) -> None:
-    before, during, after, thread = looks(change)
-    assert [before, after, thread] == [low] * 3
-    assert during == looks("")[0]
+    before, during, other, other_after, after, thread = looks(change)
+    assert [before, other_after, after, thread] == [low] * 4
+    assert during == other == looks("")[0]
 
 
 def test_nothing_changes_where_nothing_is_asked_for() -> None:

@@ -9,7 +9,7 @@ import ctypes
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal, TypeAlias
 
 from remetal.errors import RefusedError
@@ -42,30 +42,38 @@ def set_priority(nice: int | None, disk: IoClass | None) -> None:
 
 @contextmanager
 def normal_priority() -> Iterator[None]:
-    """Run this thread at normal priority for the length of a block, if it has less and the kernel lets us."""
-    nice, disk = os.getpriority(os.PRIO_PROCESS, 0), _disk_priority()
-    changed = False
+    """Run all threads of this process at normal priority for the length of a block, if the kernel lets us."""
+    changed: list[tuple[int, int, int]] = []
     try:
-        if nice > 0 and os.geteuid() == 0:
-            os.setpriority(os.PRIO_PROCESS, 0, 0)
-            changed = True
-        if disk >> _CLASS_SHIFT:
-            _set_disk_priority(0)
+        for thread in map(int, os.listdir("/proc/self/task")):  # noqa: PTH208 - names only
+            with suppress(OSError):  # it has ended
+                nice, disk = os.getpriority(os.PRIO_PROCESS, thread), _disk_priority(thread)
+                changed.append((thread, nice, disk))
+                _make_normal(thread, nice, disk)
         yield
     finally:
-        if changed:
-            os.setpriority(os.PRIO_PROCESS, 0, nice)
-        if disk >> _CLASS_SHIFT:
-            _set_disk_priority(disk)
+        for thread, nice, disk in changed:
+            with suppress(OSError):
+                if os.getpriority(os.PRIO_PROCESS, thread) != nice:
+                    os.setpriority(os.PRIO_PROCESS, thread, nice)
+                if _disk_priority(thread) != disk:
+                    _set_disk_priority(disk, thread)
 
 
-def _set_disk_priority(value: int) -> None:
+def _make_normal(thread: int, nice: int, disk: int) -> None:
+    if nice > 0 and os.geteuid() == 0:
+        os.setpriority(os.PRIO_PROCESS, thread, 0)
+    if disk >> _CLASS_SHIFT:
+        _set_disk_priority(0, thread)
+
+
+def _set_disk_priority(value: int, thread: int = 0) -> None:
     calls = _CALLS.get(platform.machine())
-    if calls is not None and _LIBC.syscall(calls[0], _PROCESS, 0, value) != 0:
+    if calls is not None and _LIBC.syscall(calls[0], _PROCESS, thread, value) != 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def _disk_priority() -> int:
-    """Return this thread's class and level; without a class where none was set, or nobody can tell."""
+def _disk_priority(thread: int = 0) -> int:
+    """Return a thread's class and level; without a class where none was set, or nobody can tell."""
     calls = _CALLS.get(platform.machine())
-    return max(int(_LIBC.syscall(calls[1], _PROCESS, 0)), 0) if calls is not None else 0
+    return max(int(_LIBC.syscall(calls[1], _PROCESS, thread)), 0) if calls is not None else 0
