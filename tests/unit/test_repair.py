@@ -314,6 +314,16 @@ def test_what_is_beyond_a_repair_is_told(start: Site, kind: str, *, gone: bool) 
             )
 
 
+@pytest.mark.parametrize("kind", ["keys/machines/", "keys/secrets/"])
+def test_packs_that_nobody_can_say_are_unneeded_count_as_lost(site: Site, kind: str) -> None:
+    group = max(find_groups(site.store, site.keys.machine_id, []), key=lambda group: len(group.packs))
+    for identity in sorted(group.packs)[:2]:
+        apply(site, pack_name(site.keys.machine_id, identity), None)
+    assert len(repair_repository(site.copy().repository, site.key).lost) == 2
+    apply(site, named(site, kind)[0], b"damaged")
+    assert len(repair_repository(site.repository, site.key).lost) == 2
+
+
 @pytest.mark.parametrize("name", ["repairs/", "aside/"])
 def test_a_damaged_journal_is_beyond_a_repair(site: Site, name: str) -> None:
     apply(site, named(site, "packs/")[0], b"damaged")

@@ -603,6 +603,17 @@ def test_a_ledger_that_a_stranger_wrote_means_nothing(site: Site) -> None:
     assert restore(site, made["one"]) == _DATA["one"]
 
 
+@pytest.mark.parametrize("kind", ["keys/machines/", "keys/secrets/", "history/"])
+def test_what_cannot_be_seen_is_not_forgotten_in_silence(site: Site, kind: str) -> None:
+    first, _ = backup(site, _A), backup(site, _B)
+    name = next(name for name in site.store.objects if name.startswith(kind))
+    site.store.objects[name] = b"damaged"
+    before = dict(site.store.objects)
+    with pytest.raises(DamagedError, match=name):
+        forget_snapshots(site.repository, site.key, [first.id])
+    assert site.store.objects == before
+
+
 def test_a_machine_cannot_forget(site: Site) -> None:
     """A ledger that is signed by the machine's own key is no ledger."""
     import zstandard

@@ -61,10 +61,14 @@ def forget_snapshots(repository: Repository, key: RecipientKey, ids: Collection[
 
     From the moment that a machine's ledger is stored none of them is listed; then their objects are deleted. The
     history tells for ever that somebody with a recipient's key has done this. Raises DamagedError if a machine's
-    history cannot be read whole, UnavailableError if the store fails.
+    history cannot be read whole, or one of the snapshots is not to be seen and anything is damaged; UnavailableError if
+    the store fails.
     """
     catalog = open_catalog(repository, key)
-    wanted = {each.machine_id for each in catalog.snapshots() if each.id in ids}
+    found = {each.id: each.machine_id for each in catalog.snapshots() if each.id in ids}
+    if catalog.problems and len(found) < len(set(ids)):
+        raise DamagedError(f"nothing is forgotten, because not all of it can be read: {catalog.problems[0]}", hint=HELP)
+    wanted = set(found.values())
     forgotten: list[str] = []
     for machine_id in sorted(wanted):
 

@@ -238,7 +238,7 @@ class _Mending:
     def _unneeded(self) -> set[bytes]:
         """Return missing packs that nothing needs, although parity still tells of them: they are in no index.
 
-        Without a key, or with a damaged index, nobody can tell; then they count as lost, too.
+        Without a key, or with a damaged index, record or secrets, nobody can tell; then they count as lost, too.
         """
         if self._key is None or any(each.startswith(INDEX) for each in self._scrubbed.bad):
             return set()
@@ -246,7 +246,10 @@ class _Mending:
         missing.difference_update(entry.name for entry in self._repository.store.entries(PACKS))
         if not missing:
             return set()
-        known = known_packs(open_catalog(self._repository, self._key))
+        catalog = open_catalog(self._repository, self._key)
+        if catalog.closed:
+            return set()
+        known = known_packs(catalog)
         return {identity for each in missing if (identity := hash_in_name(each)) and identity not in known}
 
     def _ledger(self, machine_id: str) -> Ledger | None:
