@@ -1,7 +1,4 @@
-"""Debian's own kernel: partitions that are written to are backed up while they are, and are of one moment.
-
-So they are if the machine sleeps in the middle of it.
-"""
+"""Debian's own kernel: partitions that are written to are backed up while they are, and are of one moment."""
 
 from __future__ import annotations
 
@@ -42,9 +39,6 @@ done
 """
 """Counts in turn on both file systems, each number durable before the next, and writes files beside."""
 
-SLEEP = "(sleep 12; echo +10 > /sys/class/rtc/rtc0/wakealarm; echo freeze > /sys/power/state) > /dev/null 2>&1 &"
-"""Lets the machine sleep in the middle of what comes next, and wake up again."""
-
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
@@ -83,15 +77,10 @@ def test_partitions_that_are_written_to_are_of_one_moment(medium: Medium, disk: 
         run_there(running, "(sh /run/load > /dev/null 2>&1 &)")
         refused = run_there(running, "remetal backup --disk /dev/vda --repo /run/first/other 2>&1 | tail -3; true")
         assert "No repository" in refused or "no repository" in refused
-        for more in ("", "", "--limit-read 3M"):
-            if more:
-                run_there(running, SLEEP)
-            running.send(
-                f"remetal backup --disk /dev/vda --machine live --json {more} > /run/told && echo BACKED''UP\n"
-            )
+        for _ in range(2):
+            running.send("remetal backup --disk /dev/vda --machine live --json > /run/told && echo BACKED''UP\n")
             running.wait_for(r"BACKEDUP", 600)
             running.wait_for(PROMPT, 30)
-        assert run_there(running, "cat /sys/power/suspend_stats/success").split()[-1] == "1", "it has not slept"
         told = json.loads(run_there(running, "cat /run/told"))
         assert 0 < told["pause"] < 10
         run_there(running, "echo changed > /run/third/file")  # it is writable again
