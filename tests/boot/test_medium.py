@@ -27,10 +27,7 @@ PATIENCE = 240
 
 
 def run_there(running: Running, command: str) -> str:
-    """Run a command in the medium's shell on the serial console and return what it printed.
-
-    An emulated serial port that is busy may say a character twice: what has to be exact goes through a disk.
-    """
+    """Run a command in the medium's shell on the serial console and return what it printed."""
     running.send(f"echo BEG''IN; {command}; echo E''ND $?\n")
     said = running.wait_for(r"BEGIN\r?\n([\s\S]*?)END +(\d+)\r?\n", 60)
     assert int(said[2]) == 0, f"{command} failed: {said[1]}"

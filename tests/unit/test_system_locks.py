@@ -42,6 +42,25 @@ def test_another_process_is_refused_and_named(tmp_path: Path) -> None:
         process.wait()
 
 
+def test_who_waits_is_told_for_whom(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    process = hold(path)
+    told: list[str] = []
+
+    def end(said: str) -> None:
+        told.append(said)
+        process.kill()
+
+    try:
+        with held_lock(path, what="it", waiting=end):
+            assert told == [f"another remetal (process {process.pid}) is at work on it"]
+            with pytest.raises(UnavailableError, match=f"process {os.getpid()}"), held_lock(path, what="it"):
+                pass
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_the_lock_of_a_dead_process_is_free(tmp_path: Path, how: signal.Signals) -> None:
     path = tmp_path / "lock"

@@ -63,12 +63,13 @@ class BaseRoot(msgspec.Struct, frozen=True, kw_only=True):
 def open_base(cache: Path, sources: AptSources, packages: Sequence[str], *, fresh: bool, report: Report) -> BaseRoot:
     """Return the recovery system for these sources and packages, building it if the cache has none or `fresh`.
 
-    Takes some minutes and a network when it builds. Raises RefusedError without root or the programs it needs,
-    ProgramFailedError if a package cannot be had.
+    Takes some minutes and a network when it builds; waits for another that builds it. Raises RefusedError without
+    root or the programs it needs, ProgramFailedError if a package cannot be had.
     """
     key = _recipe_key(sources, packages)
     place = cache / "media" / key
-    with held_lock(cache / "media" / f"{key}.lock", what="the recovery system"):
+    lock = cache / "media" / f"{key}.lock"
+    with held_lock(lock, what="the recovery system", waiting=lambda said: report(Note(f"{said}; waiting for it"))):
         _sweep(cache / "media", place)
         known = _find_built(place)
         if known is not None and not fresh:

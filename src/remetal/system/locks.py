@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from remetal.errors import UnavailableError
 
 
 @contextmanager
-def held_lock(path: Path, *, what: str) -> Iterator[None]:
+def held_lock(path: Path, *, what: str, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold an exclusive lock on the file at `path` for the length of a block; the kernel frees it if we die.
 
-    `what` names the guarded thing in the error. Raises UnavailableError at once if another process holds it, or if
-    the place takes no lock.
+    `what` names the guarded thing in what is said. If another process holds it: raises UnavailableError at once, or
+    with `waiting` tells it who that is and waits. Raises UnavailableError too if the place takes no lock.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,10 +28,11 @@ def held_lock(path: Path, *, what: str) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             owner = os.pread(fd, 64, 0).decode("ascii", "replace").strip() or "unknown"
-            raise UnavailableError(
-                f"another remetal (process {owner}) is at work on {what}",
-                hint="Wait until it has ended, then run the command again.",
-            ) from error
+            said = f"another remetal (process {owner}) is at work on {what}"
+            if waiting is None:
+                raise UnavailableError(said, hint="Wait until it has ended, then run the command again.") from error
+            waiting(said)
+            fcntl.flock(fd, fcntl.LOCK_EX)
         except OSError as error:
             raise _no_lock(path, error) from error
         with suppress(OSError):  # the number is only told to others; a full disk must not stop a restore

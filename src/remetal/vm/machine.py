@@ -88,21 +88,20 @@ def plan_argv(
     machine: Machine,
     accelerator: tuple[str, ...],
     firmware: Firmware | None,
-    serial_log: Path,
     serial: int,
     qmp: int,
 ) -> list[str]:
     """Return the command that runs the machine.
 
-    `accelerator` are QEMU's options for it, `firmware` is needed for UEFI. The serial console is written to
-    `serial_log` and to the inherited socket `serial`; the monitor speaks on the inherited socket `qmp`.
+    `accelerator` are QEMU's options for it, `firmware` is needed for UEFI. The serial console is on the
+    inherited socket `serial`, the monitor on the inherited socket `qmp`.
     """
     chipset = "q35,smm=on" if machine.secure_boot else "q35"
     argv = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-name", "remetal", *accelerator]
     argv += ["-smp", str(machine.cpus), "-m", f"{machine.memory // MIB}M", "-display", "none", "-vga", "std"]
     argv += ["-rtc", "base=utc", "-device", "virtio-rng-pci", "-device", "pvpanic"]
-    argv += ["-chardev", f"socket,id=serial,fd={serial},logfile={_quote(serial_log)},logappend=on"]
-    argv += ["-serial", "chardev:serial", "-chardev", f"socket,id=qmp,fd={qmp}", "-mon", "chardev=qmp,mode=control"]
+    argv += ["-chardev", f"socket,id=serial,fd={serial}", "-serial", "chardev:serial"]
+    argv += ["-chardev", f"socket,id=qmp,fd={qmp}", "-mon", "chardev=qmp,mode=control"]
     if machine.firmware == "uefi":
         assert firmware is not None, "a UEFI machine comes with a firmware"
         chipset += ",pflash0=firmware,pflash1=variables"
@@ -176,6 +175,6 @@ def _blockdev(
     return "-blockdev", json.dumps(description)
 
 
-def _quote(value: Path | str) -> str:
+def _quote(value: str) -> str:
     """Write a value as QEMU's comma-separated options want it."""
-    return str(value).replace(",", ",,")
+    return value.replace(",", ",,")

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class Running:
     monitor: Monitor
     _process: Process
     _serial: socket.socket
+    _recorder: threading.Thread
     _position: int
     _started: float = field(default_factory=time.monotonic)
 
@@ -63,6 +64,8 @@ class Running:
         deadline = time.monotonic() + timeout
         while True:
             ended = self._process.poll() is not None
+            if ended:
+                self._recorder.join()
             text = self.said(self._position)
             found, failed = wanted.search(text), bad.search(text)
             if failed is not None and (found is None or failed.start() < found.start()):
@@ -128,6 +131,7 @@ class Running:
         returncode = wait_for_end(self._process, timeout)
         if returncode is None:
             raise self._failure(f"was still on after {format_duration(timeout)}")
+        self._recorder.join()
         if returncode != 0:
             raise self._failure(f"failed: QEMU ended with {returncode}")
         shutdowns = [event for event in self.events() if event["event"] == "SHUTDOWN"]
@@ -163,14 +167,17 @@ def start_machine(machine: Machine, folder: Path, *, accelerator: tuple[str, ...
     serial_log = folder / "serial.log"
     serial_log.touch()
     with ExitStack() as stack:
-        serial, serial_end = (stack.enter_context(end) for end in socket.socketpair())
+        serial, serial_end = socket.socketpair()
+        stack.enter_context(serial)
+        recorder = _record(serial, serial_log)
+        stack.callback(recorder.join)
+        stack.enter_context(serial_end)
         control, control_end = socket.socketpair()
         stack.enter_context(control_end)
         argv = plan_argv(
             machine,
             probe_accelerator() if accelerator is None else accelerator,
             firmware,
-            serial_log,
             serial_end.fileno(),
             control_end.fileno(),
         )
@@ -180,13 +187,12 @@ def start_machine(machine: Machine, folder: Path, *, accelerator: tuple[str, ...
         process = stack.enter_context(start(argv, log=folder / "qemu.log", pass_fds=ends))
         serial_end.close()
         control_end.close()
-        _drain(serial)
         try:
             monitor = stack.enter_context(open_monitor(control))
         except RemetalError as error:
             said = (folder / "qemu.log").read_text(errors="replace").strip()
             raise MachineFailedError(f"QEMU did not start: {said or error.message}") from error
-        yield Running(machine, folder, serial_log, monitor, process, serial, position)
+        yield Running(machine, folder, serial_log, monitor, process, serial, recorder, position)
 
 
 def _check(machine: Machine) -> None:
@@ -202,18 +208,20 @@ def _check(machine: Machine) -> None:
         raise RefusedError("Secure Boot needs UEFI firmware")
 
 
-def _drain(serial: socket.socket) -> None:
-    """Read and drop what the guest says: QEMU logs it itself, and waits for a reader that does not read."""
+def _record(serial: socket.socket, log: Path) -> threading.Thread:
+    """Append to a log what the guest says, until its end of the socket is closed.
+
+    QEMU's own `logfile` has a character twice whenever the socket was full.
+    """
 
     def read(end: socket.socket) -> None:
-        try:
-            while end.recv(65536):
-                pass
-        except OSError:
-            pass
-        end.close()
+        with end, log.open("ab", buffering=0) as file, suppress(ConnectionError):
+            while said := end.recv(65536):
+                file.write(said)
 
-    threading.Thread(target=read, args=(serial.dup(),), name="serial", daemon=True).start()
+    thread = threading.Thread(target=read, args=(serial.dup(),), name="serial", daemon=True)
+    thread.start()
+    return thread
 
 
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-_]|[\x00-\x08\x0b-\x1f]")
