@@ -8,13 +8,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+import msgspec
+
 from lab import CHECKOUT
-from lab.cache import cache_folder
-from lab.live.cases import CASES
+from lab.cache import cache_folder, cached
+from lab.live.cases import CASES, LiveCase
 from lab.live.kills import kill_while_held
 from lab.live.page import PAGE, render_page
 from lab.live.pause import hold_while_written
-from lab.live.run import run_case
+from lab.live.run import Seen, run_case
 from remetal.events import Event
 from remetal.media.build import MediumRequest, build_medium
 
@@ -35,10 +37,7 @@ def main() -> int:
     cache_folder().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="live-", dir=cache_folder()) as place:
         medium = build_medium(MediumRequest(Path(place) / "recovery.iso"), _say).path
-        seen = []
-        for case in chosen:
-            seen.append(run_case(case, Path(place) / case.name, medium, _say))
-            _say(seen[-1])
+        seen = [_see(case, Path(place) / case.name, medium) for case in chosen]
     if words.cases:
         return 0
     with tempfile.TemporaryDirectory(prefix="live-") as place:
@@ -50,6 +49,19 @@ def main() -> int:
     subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "matrix", *_TESTS], check=True, cwd=CHECKOUT)
     PAGE.write_text(render_page(seen, kills, held))
     return 0
+
+
+def _see(case: LiveCase, work: Path, medium: Path) -> Seen:
+    """Run a case, or return what it came to with just these sources; so a run that was ended goes on where it was."""
+    sources = [path for folder in ("src", "lab") for path in sorted((CHECKOUT / folder).rglob("*.py"))]
+    inputs = [path.read_text() for path in (*sources, CHECKOUT / "requirements.lock", CHECKOUT / "packages.txt")]
+
+    def build(path: Path) -> None:
+        path.write_bytes(msgspec.json.encode(run_case(case, work, medium, _say)))
+
+    seen = msgspec.json.decode(cached(f"live-{case.name}", inputs, build).read_bytes(), type=Seen)
+    _say(seen)
+    return seen
 
 
 def _say(event: Event | object) -> None:

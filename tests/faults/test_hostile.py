@@ -11,54 +11,44 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 
+from tests.faults.counting import Count, StartCount
 from tests.faults.hostile.run import KINDS, read_cases
 
 SHARE = 6
 """One case of so many is in every test run."""
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What the cases of one kind have come to."""
-
-    cases: int
-    problems: list[str]
-    slowest: float
-    largest: int
-
-
-def run_kinds(*words: str) -> Summary:
-    """Run cases in processes of their own."""
+def run_kinds(count: Count, *words: str) -> None:
+    """Run cases in processes of their own, and hold each against what is to come of it."""
     argv = [sys.executable, "-m", "tests.faults.hostile.run", *words]
     done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=1100)
     assert done.returncode == 0, done.stderr
     told = [json.loads(line) for line in done.stdout.splitlines()]
-    problems = [f"{each['case']}: {problem}" for each in told for problem in each["problems"]]
-    return Summary(len(told), problems, max(each["cpu"] for each in told), max(each["rss"] for each in told))
-
-
-def shares() -> Iterator[tuple[str, int]]:
-    yield from ((kind, -(-len(read_cases(kind)) // SHARE)) for kind in KINDS)
+    for each in told:
+        with count.case(each["case"]):
+            assert each["problems"] == []
+        if any(each["codes"]):
+            count.told()
+    slowest, largest = max(each["cpu"] for each in told), max(each["rss"] for each in told)
+    print(f"{words[-1]}: {len(told)} hostile cases, at most {slowest:.1f} s and {largest} MiB")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_some_hostile_cases(kind: str) -> None:
-    done = run_kinds(f"1/{SHARE}", kind)
-    assert done.problems == []
-    assert done.cases == dict(shares())[kind]
+def test_some_hostile_cases(kind: str, counts: StartCount) -> None:
+    count = counts("hostile repositories and stores")
+    run_kinds(count, f"1/{SHARE}", kind)
+    assert count.cases == -(-len(read_cases(kind)) // SHARE)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_hostile_case(kind: str) -> None:
-    done = run_kinds(kind)
-    print(f"{kind}: {done.cases} hostile cases, at most {done.slowest:.1f} s and {done.largest} MiB")
-    assert done.problems == []
+def test_every_hostile_case(kind: str, counts: StartCount) -> None:
+    count = counts("hostile repositories and stores")
+    run_kinds(count, kind)
+    assert count.cases == len(read_cases(kind))
 
 
 def test_there_are_enough_of_them() -> None:

@@ -18,22 +18,24 @@ from remetal.repository.cipher import CipherError, digest, sign
 from remetal.repository.config import decode_config, encode_config
 from remetal.repository.history import LEDGER, SNAPSHOT, Envelope, entry_name, open_envelope, sequence_of
 from remetal.repository.indexes import decode_index, encode_index
+from remetal.repository.journal import TOUCHED, Repair
 from remetal.repository.kit import parse_kit
 from remetal.repository.ledgers import open_ledger
 from remetal.repository.locks import LockRecord
 from remetal.repository.machines import MachineRecord, MachineSecrets, check_machine
 from remetal.repository.maps import PAGE_CHUNKS, PageBuilder, decode_page
-from remetal.repository.objects import Record, decode_json, hash_in_name, split_lines
+from remetal.repository.objects import REPAIRS, Record, decode_json, hash_in_name, put_named, split_lines
 from remetal.repository.packs import FOOTER, ZSTD, Codec, PackOpener, open_pack, sealed_to
+from remetal.repository.parity import decode_head
 from remetal.repository.recipients import RecipientRecord, Revocation, check_recipient
-from remetal.repository.retired import NOBODY
+from remetal.repository.retired import NOBODY, Retirement
 from remetal.repository.shape import MAX_DEPTH, ShapeError, check_shape
 from remetal.repository.slots import Slot, check_slot
 from remetal.repository.snapshots import decode_body
 from remetal.storage.store import check_name, is_name
 from tests.faults.hostile.sample import sample_layout
 from tests.fuzz.target import Target
-from tests.repositories import Site, backup, make_site
+from tests.repositories import MemoryStore, Site, backup, make_site
 
 _KEY = bytes(32)
 _NAME = "packs/" + "0" * 32 + "/00/" + "0" * 64
@@ -227,7 +229,45 @@ def machine_record(record: MachineRecord) -> None:
     check_machine("x", record, record.repository)
 
 
+def parity_head(data: bytes) -> None:
+    size, head = int.from_bytes(data[:8], "little"), data[8:]
+    (name,) = _named("parity/")
+    group = decode_head(name, head, size)
+    assert group.size == size >= group.head_size
+    assert list(group.packs) == sorted(group.packs)
+
+
+def parity_heads() -> Iterable[bytes]:
+    (name,) = _named("parity/")
+    data = site().store.objects[name]
+    return [len(data).to_bytes(8, "little") + data[:400]]
+
+
+def journal(data: bytes) -> None:
+    """The records of a repair, a line each: whatever they say, nothing is touched but what a repair touches."""
+    store = MemoryStore()
+    for number, record in enumerate(data.split(b"\n")[:9]):
+        put_named(store, f"{REPAIRS}{3:016x}/{number:08x}.", record)
+    store.put(_NAME, [b"a pack"])
+    kept = dict(store.objects)
+    found = Repair(store, 3)
+    for number, step in found.steps:
+        assert step.name.startswith(TOUCHED)
+        with suppress(DamagedError, UsageError):
+            found.undo_step(number, step)
+    found.forget()
+    assert {name for name in kept if name.startswith(REPAIRS)}.isdisjoint(store.objects)
+
+
 _LOCK = b'{"machine":"0","host":"h","host_id":"","boot_id":"","namespace":"","pid":1,"started":2,"time":3.5,"token":""}'
+_RETIREMENT = b'{"id":"0","repository":"0","last":7,"successor":"","retired_by":"0","created":"2026-01-01T00:00:00Z"}'
+_JOURNAL = b"\n".join(
+    (
+        b'{"time":"2026-01-01T00:00:00.000000Z","version":"1","heads":{"0":7}}',
+        b'{"action":"added","name":"%s"}' % _NAME.encode(),
+        b'{"action":"aside","name":"%s","parts":["aside/%016x/%064x"]}' % (_NAME.encode(), 3, 0),
+    )
+)
 _REVOCATION = ("id", "repository", "revoked_by", "created")
 _DAMAGED = (DamagedError,)
 
@@ -248,11 +288,18 @@ TARGETS = [
     Target("recipient", strict(RecipientRecord, _check_recipient), _DAMAGED, lambda: _first_lines("keys/recipients/")),
     Target("revocation", strict(Revocation), _DAMAGED, lambda: [json.dumps(dict.fromkeys(_REVOCATION, "0")).encode()]),
     Target("lines", lines, _DAMAGED, stored("keys/machines/")),
+    Target("retirement", strict(Retirement), _DAMAGED, lambda: [_RETIREMENT]),
+    Target("parity-head", parity_head, _DAMAGED, parity_heads),
+    Target("repair-journal", journal, _DAMAGED, lambda: [_JOURNAL]),
     Target("lock", strict(LockRecord), _DAMAGED, lambda: [_LOCK]),
     Target("kit", kit, (RefusedError,), kits),
     Target("layout", layout, (ImpossibleLayoutError,), lambda: [sample_layout()]),
     Target("names", names, (UsageError,), lambda: [_NAME.encode(), b"../x", b"history/" + b"0" * 16]),
 ]
+
+
+def _named(prefix: str) -> list[str]:
+    return [name for name in site().store.objects if name.startswith(prefix)]
 
 
 def _first_lines(prefix: str) -> list[bytes]:

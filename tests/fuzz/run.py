@@ -1,20 +1,32 @@
-"""Fuzzes parsers with atheris, one after the other: `python -m tests.fuzz.run [--seconds N] [TARGET…]`.
+"""Fuzzes parsers with atheris, one after the other: `python -m tests.fuzz.run [--seconds N] [--keep] [TARGET…]`.
 
-Inputs that reach something new are kept under `$REMETAL_CACHE/fuzz/` (else `.cache/fuzz/`). What breaks a parser is
-written there, too, and belongs, once it is understood, into `corpus/TARGET/`, where every test run meets it again.
+Inputs that reach something new are kept under `$REMETAL_CACHE/fuzz/` (else `.cache/fuzz/`). With `--keep`, those that
+reach what no seed and no input of `corpus/TARGET.txt` does are added to that file, where every test run meets them.
+What breaks a parser is written to the cache, too, and belongs there once it is understood: a line in base64.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tests.fuzz.target import Target
 
 CORPUS = Path(__file__).with_name("corpus")
 _LONGEST_INPUT = 1 << 16
+_LARGEST_CORPUS = 12 << 10
+"""Bytes of a target's corpus that are kept in the tree; of more, the smallest inputs are."""
+_PRODUCT = str(Path(__file__).parents[2] / "src")
+
+Steps = set[tuple[str, int, int]]
 
 
 def cache_folder() -> Path:
@@ -31,7 +43,7 @@ def fuzz(name: str, seconds: int) -> None:
     target = TARGETS[name]
     folder = cache_folder() / name
     folder.mkdir(parents=True, exist_ok=True)
-    for number, seed in enumerate(target.seeds()):
+    for number, seed in enumerate([*target.seeds(), *read_corpus(name)]):
         (folder / f"seed-{number}").write_bytes(seed)
 
     def meet(data: bytes) -> None:
@@ -41,19 +53,78 @@ def fuzz(name: str, seconds: int) -> None:
             (cache_folder() / f"{name}-{hashlib.sha256(data).hexdigest()[:16]}").write_bytes(data)
             raise
 
-    known = [str(path) for path in [CORPUS / name] if path.is_dir()]
     limits = [f"-max_total_time={seconds}", f"-max_len={_LONGEST_INPUT}", "-timeout=10", "-rss_limit_mb=1024"]
     found = f"-artifact_prefix={cache_folder()}/{name}-"
-    words = [*limits, found, "-verbosity=0", "-print_final_stats=1", str(folder), *known]
+    words = [*limits, found, "-verbosity=0", "-print_final_stats=1", str(folder)]
     atheris.Setup([sys.argv[0], *words], meet)
     atheris.Fuzz()
 
 
+def read_corpus(name: str) -> list[bytes]:
+    """Return the inputs that the tree keeps for a target."""
+    path = CORPUS / f"{name}.txt"
+    return [base64.b64decode(line, validate=True) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def keep(target: Target) -> int:
+    """Add to a target's corpus what reaches something new; return how many inputs that is."""
+    known = read_corpus(target.name)
+    reached: Steps = set()
+    for each in (*target.seeds(), *known):
+        reached |= steps_of(target, each)
+    found: Iterable[bytes] = sorted(
+        (path.read_bytes() for path in (cache_folder() / target.name).glob("*")), key=lambda data: (len(data), data)
+    )
+    new = []
+    room = _LARGEST_CORPUS - sum(map(len, known))
+    for each in found:
+        if len(each) > room:
+            break
+        steps = steps_of(target, each)
+        if not steps <= reached:
+            new.append(each)
+            reached |= steps
+            room -= len(each)
+    if new:
+        CORPUS.mkdir(exist_ok=True)
+        lines = [base64.b64encode(each).decode() for each in (*known, *new)]
+        (CORPUS / f"{target.name}.txt").write_text("\n".join(lines) + "\n")
+    return len(new)
+
+
+def steps_of(target: Target, data: bytes) -> Steps:
+    """Return the steps from line to line of the product's code that an input leads to."""
+    steps: Steps = set()
+
+    def enter(frame: FrameType, event: str, argument: Any) -> Any:
+        file = frame.f_code.co_filename
+        if not file.startswith(_PRODUCT):
+            return None
+        last = 0
+
+        def walk(frame: FrameType, event: str, argument: Any) -> Any:
+            nonlocal last
+            if event == "line":
+                steps.add((file, last, frame.f_lineno))
+                last = frame.f_lineno
+            return walk
+
+        return walk
+
+    sys.settrace(enter)
+    try:
+        target.meet(data)
+    finally:
+        sys.settrace(None)
+    return steps
+
+
 def main() -> None:
     """Fuzz the targets that are named, or all, each in a process of its own."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*")
     parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--keep", action="store_true", help="add what reaches something new to the corpus in the tree")
     parser.add_argument("--here", action="store_true", help="fuzz one target in this very process")
     chosen = parser.parse_args()
     if chosen.here:
@@ -71,6 +142,8 @@ def main() -> None:
         if done.returncode:
             print(said[-3000:], flush=True)
             broken.append(name)
+        elif chosen.keep:
+            print(f"{name}: {keep(TARGETS[name])} inputs more are kept", flush=True)
     if broken:
         sys.exit(f"{len(broken)} targets found something: {', '.join(broken)}; see {cache_folder()}")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz.run import CORPUS
+from tests.fuzz.run import CORPUS, keep, read_corpus, steps_of
 from tests.fuzz.target import MEMORY, SECONDS, Target
 from tests.fuzz.targets import TARGETS
 
@@ -68,8 +68,7 @@ def test_target(name: str) -> None:
     seeds = list(target.seeds())
     assert seeds, "there is no seed"
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for path in sorted((CORPUS / name).glob("*")):
-        meet_in_time(target, path.read_bytes())
+    seeds += read_corpus(name)
     for seed in (*seeds, b"", bytes(4096), b"\xff" * 4096):
         meet_in_time(target, seed)
     chance = random.Random(name)
@@ -85,7 +84,22 @@ def test_target(name: str) -> None:
 
 
 def test_every_corpus_has_its_target() -> None:
-    assert {path.name for path in CORPUS.glob("*") if path.is_dir()} <= set(TARGETS)
+    assert {path.name for path in CORPUS.iterdir()} <= {f"{name}.txt" for name in TARGETS}
+
+
+def test_what_reaches_something_new_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REMETAL_CACHE", str(tmp_path))
+    monkeypatch.setattr("tests.fuzz.run.CORPUS", tmp_path / "corpus")
+    target = TARGETS["xfs-map"]
+    (seed,) = target.seeds()
+    found = tmp_path / "fuzz" / "xfs-map"
+    found.mkdir(parents=True)
+    for number, each in enumerate((seed, b"", seed.replace(b"= 20", b"= 2"), seed.replace(b"= 20", b"= 3"))):
+        (found / str(number)).write_bytes(each)
+    assert keep(target) == 2
+    assert read_corpus("xfs-map") == [b"", seed.replace(b"= 20", b"= 2")]
+    assert keep(target) == 0
+    assert steps_of(target, b"") < steps_of(target, b"") | steps_of(target, seed)
 
 
 def test_the_fuzzer_runs_a_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,8 @@ from remetal.adapt.nvram import encode_entry, parse_entry
 from remetal.adapt.roots import parse_os_release
 from remetal.adapt.text import TextPlan
 from remetal.errors import DamagedError, RefusedError, UnavailableError, UsageError
+from remetal.image.extents import DoubtfulMapError, parse_ext_map, parse_xfs_map
+from remetal.image.ranges import Extents
 from remetal.media.answer import merge_answer, parse_answer, parse_command_line, parse_place
 from remetal.media.volumes import parse_volumes
 from remetal.storage.http import HttpStore, find_name
@@ -107,6 +109,19 @@ def answer(data: bytes) -> None:
     merge_answer(parse_answer(data, "x"), parse_command_line(""), "x")
 
 
+def used_map(parse: Callable[[list[str]], Extents]) -> Callable[[bytes], None]:
+    """Return a reader of what a file system's own program prints of it: used ranges in order, none beside another."""
+
+    def run(data: bytes) -> None:
+        end = -1
+        for each in parse(data.decode("utf-8", "replace").splitlines()):
+            assert each.start > end
+            assert each.size > 0
+            end = each.start + each.size
+
+    return run
+
+
 class _Answer:
     """What a web server answers, a piece at a time."""
 
@@ -141,6 +156,18 @@ TARGETS = [
     Target("cmdline", cmdline, (), lambda: [b'root=UUID=0 ro quiet "a b" remetal.map=a=b remetal.end=reboot']),
     Target(
         "spellings", spelled, (), lambda: [b"UUID=x", b"/dev/disk/by-id/ata-x-part1", b"usb:KEY/a", b"1.5GiB", b"12h"]
+    ),
+    Target(
+        "ext-map",
+        used_map(parse_ext_map),
+        (DoubtfulMapError,),
+        lambda: [b"Block count: 100\nFree blocks: 6\nBlock size: 1024\n  Free blocks: 10-14, 20\n"],
+    ),
+    Target(
+        "xfs-map",
+        used_map(parse_xfs_map),
+        (DoubtfulMapError,),
+        lambda: [b"blocksize = 4096\ndblocks = 100\nagblocks = 50\nfdblocks = 20\n   0   10   4\n   1   3   1\n"],
     ),
     Target("lvm-filter", rules, (PatternError,), lambda: [b"a|^/dev/sd[a-z]+$|", b"r|.*|", b"a/loop(0|1)*/"]),
     Target("grub-core", core, (CoreImageError,), lambda: [b"\x52\xe8\x28\x01" + bytes(2000)]),

@@ -28,6 +28,9 @@ from remetal.system.loop import open_device
 from remetal.system.run import ProgramFailedError, run, run_lines
 
 _EXT_FREE = "  Free blocks: "
+_NUMBER = "([0-9]{1,18})"
+_EXT_RANGE = re.compile(rf"{_NUMBER}(?:-{_NUMBER})?")
+_XFS_RANGE = re.compile(rf" +{_NUMBER} +{_NUMBER} +{_NUMBER}")
 _UNCLEAN = "was not unmounted cleanly"
 _CLEAN_IT = "Mount and unmount it once, or run its fsck, for a smaller and faster backup."
 
@@ -151,7 +154,7 @@ def parse_ext_map(lines: Iterable[str]) -> Extents:
     Raises DoubtfulMapError if the groups have more free blocks than the superblock.
     """
     lines = iter(lines)
-    number = _numbers(lines, re.compile(r"(Block count|Free blocks|Block size):\s+(\d+)"), 3)
+    number = _numbers(lines, re.compile(rf"(Block count|Free blocks|Block size):\s+{_NUMBER}"), 3)
     return _used_between(_parse_ext_free(lines), number["Block count"], number["Block size"], number["Free blocks"])
 
 
@@ -159,8 +162,10 @@ def _parse_ext_free(lines: Iterable[str]) -> Iterator[tuple[int, int]]:
     for line in lines:
         if line.startswith(_EXT_FREE):
             for piece in filter(None, line.removeprefix(_EXT_FREE).strip().split(", ")):
-                first, _, last = piece.partition("-")
-                yield int(first), int(last or first) + 1 - int(first)
+                found = _EXT_RANGE.fullmatch(piece)
+                if found is None:
+                    raise DoubtfulMapError(f"its program lists the free blocks {piece[:40]!a}")
+                yield int(found[1]), int(found[2] or found[1]) + 1 - int(found[1])
 
 
 def parse_xfs_map(lines: Iterable[str], *, counted: bool = True) -> Extents:
@@ -170,7 +175,7 @@ def parse_xfs_map(lines: Iterable[str], *, counted: bool = True) -> Extents:
     more blocks than the superblock counts, which is to be believed if `counted`.
     """
     lines = iter(lines)
-    number = _numbers(lines, re.compile(r"(blocksize|dblocks|agblocks|fdblocks) = (\d+)"), 4)
+    number = _numbers(lines, re.compile(rf"(blocksize|dblocks|agblocks|fdblocks) = {_NUMBER}"), 4)
     free = _parse_xfs_free(lines, number["agblocks"])
     most = number["fdblocks" if counted else "dblocks"]
     return _used_between(free, number["dblocks"], number["blocksize"], most)
@@ -178,7 +183,7 @@ def parse_xfs_map(lines: Iterable[str], *, counted: bool = True) -> Extents:
 
 def _parse_xfs_free(lines: Iterable[str], group_size: int) -> Iterator[tuple[int, int]]:
     """Yield the free ranges of one allocation group after the other; within a group they come in any order."""
-    rows = (match for match in map(re.compile(r" +(\d+) +(\d+) +(\d+)").fullmatch, lines) if match)
+    rows = (match for match in map(_XFS_RANGE.fullmatch, lines) if match)
     for group, ranges in groupby(rows, key=lambda row: int(row[1])):
         free = np.fromiter((number for row in ranges for number in (int(row[2]), int(row[3]))), np.int64).reshape(-1, 2)
         for block, count in free[np.argsort(free[:, 0], kind="stable")].tolist():
@@ -201,6 +206,8 @@ def _used_between(free: Iterable[tuple[int, int]], blocks: int, size: int, count
 
     `size` is a block's in bytes, `counted` the number of free blocks that the superblock knows of.
     """
+    if not 0 < blocks * size < 1 << 63:
+        raise DoubtfulMapError(f"its program tells of {blocks} blocks of {size} bytes")
     extents = Extents()
     position = total_free = 0
     for first, count in free:

@@ -43,7 +43,7 @@ _PART = 32 * MIB
 """What is set aside is kept in parts of at most so many bytes."""
 _BLOCK = MIB
 """Of an object that cannot be read, so many bytes are given up at once: each attempt may take the disk seconds."""
-_TOUCHED = (PACKS, PARITY, INDEX)
+TOUCHED = (PACKS, PARITY, INDEX)
 """What a repair adds or sets aside; an undo leaves all else alone, whatever a journal says."""
 _STEP = re.compile(rf"{REPAIRS}([0-9a-f]{{16}})/([0-9a-f]{{8}})\.[0-9a-f]{{64}}")
 
@@ -220,7 +220,7 @@ class Repair:
         ]
         """Numbers and steps, the last one first."""
         for number, each in self.steps:
-            if not each.name.startswith(_TOUCHED) or not all(part.startswith(ASIDE) for part in each.parts):
+            if not each.name.startswith(TOUCHED) or not all(part.startswith(ASIDE) for part in each.parts):
                 raise damaged(self._names[number], f"no repair has {each.action} {each.name[:100]!a}")
 
     def added(self) -> set[str]:
