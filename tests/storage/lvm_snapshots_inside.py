@@ -104,8 +104,11 @@ class Told:
             self._do()
 
 
-def backup(policy: Policy, told: Told) -> BackupResult:
-    return back_up(BackupRequest(str(REPOSITORY), (DISK,), "one", freeze_limit=120, lvm_snapshots=policy), told)
+def backup(policy: Policy, told: Told, *leave_out: Path) -> BackupResult:
+    request = BackupRequest(
+        str(REPOSITORY), (DISK,), "one", freeze_limit=120, lvm_snapshots=policy, leave_out=leave_out
+    )
+    return back_up(request, told)
 
 
 def ways(result: BackupResult) -> dict[str, str]:
@@ -150,15 +153,23 @@ def read(volume: str) -> Callable[[Event], bool]:
 
 
 def all_are_of_one_moment() -> None:
-    """One is read from a snapshot, thin or not, while the others are held; udev's links stay with the volumes."""
+    """One is read from a snapshot, thin or not, while the others are held; udev's links stay with the volumes.
+
+    What is left out is left out of snapshots, too, as its files lie at that moment.
+    """
     taken = []
     with in_use():
         write_to("vg/striped", 24)  # so that most is in use there
+        for volume in PLACES:
+            scratch_of(volume).mkdir()
+            (scratch_of(volume) / "file").write_bytes(os.urandom(SCRATCH))
         for policy, volume in CASES:
             links = by_uuid()
             told = Told(reading(volume), partial(check_links, links))
             with loaded(*PLACES):
-                result = backup(policy, told)
+                result = backup(policy, told, *map(scratch_of, PLACES))
+            left = {each.volume: each.bytes for each in result.snapshot.left_out}
+            assert left == dict.fromkeys(PLACES, SCRATCH), (left, told.notes)
             expected = dict.fromkeys(PLACES, way_without()) | {volume: "snapshot"}
             if policy == "all" and freezes_nest():
                 expected |= dict.fromkeys(("vg/linear", "vg/striped", "vg/thin"), "snapshot")
@@ -172,6 +183,11 @@ def all_are_of_one_moment() -> None:
         restore_and_check(snapshot)
 
 
+def scratch_of(volume: str) -> Path:
+    return place_of(volume) / "scratch"
+
+
+SCRATCH = 3 * MIB
 CASES: tuple[tuple[Policy, str], ...] = (("thin", "vg/thin"), ("all", "vg/striped"))
 
 
@@ -185,6 +201,7 @@ def restore_and_check(snapshot: str) -> None:
         program("e2fsck", "-fp", f"/dev/{PLACES[each]}")
     with in_use():
         assert int(program(sys.executable, LOAD, "check", *map(place_of, PLACES))) > 0
+        assert {(scratch_of(each) / "file").stat().st_size for each in PLACES} == {SCRATCH}
 
 
 def write_to(volume: str, megabytes: int) -> None:

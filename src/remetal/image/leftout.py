@@ -51,8 +51,8 @@ _OPEN, _SETS = 64, 4
 class Place:
     """A regular file, or all of them below a folder: `path` as the machine knows it.
 
-    It lies at `inside` ("." for all of it) of what is mounted at `folder`. Only files whose names end with `suffix`
-    count, and of each the first `keep` bytes do not.
+    It lies at `inside` ("." for all of it) of what is mounted at `folder`, which is the folder `root` of its file
+    system. Only files whose names end with `suffix` count, and of each the first `keep` bytes do not.
     """
 
     path: Path
@@ -60,6 +60,7 @@ class Place:
     inside: str
     suffix: str = ""
     keep: int = 0
+    root: str = "/"
 
 
 class SpentError(Exception):
@@ -111,9 +112,12 @@ class Omission:
         self._take(self._walk(budget, aside=False))
         self._take(self._walk(Budget(FEW, _MOMENT / 2), aside=False))
 
-    def take_from(self, used: Iterable[Extent], *, held: bool) -> Extents:
-        """Return what is used without what is left out now; if the file system is held still, within a moment."""
-        files = self._take(self._walk_soon() if held else self._walk(Budget(_MANY), aside=False))
+    def take_from(self, used: Iterable[Extent], *, held: bool, copy: Path | None = None) -> Extents:
+        """Return what is used without what is left out now; if the file system is held still, within a moment.
+
+        `copy` is where all of a snapshot of the file system is mounted, if that is what is to be looked at.
+        """
+        files = self._take(self._walk_soon() if held else self._walk(Budget(_MANY), aside=False, copy=copy))
         self._moment = _LATER * _MOMENT
         self.sizes = {}
         for each in files:
@@ -133,14 +137,18 @@ class Omission:
         except TimeoutError:
             return [], 0
 
-    def _walk(self, budget: Budget, *, aside: bool) -> tuple[list[_File], int]:
+    def _walk(self, budget: Budget, *, aside: bool, copy: Path | None = None) -> tuple[list[_File], int]:
         """Return the files in the places for which the budget lasts, and how many places these are."""
         done = 0
+        device = copy.stat().st_dev if copy else self._device
         with closing(_Closer(aside=aside)) as closer:
-            walk = _Walk(self._device, self._block, budget, closer)
+            walk = _Walk(device, self._block, budget, closer)
             with suppress(SpentError):
                 for place in self.places:
-                    walk.go(place)
+                    if copy:
+                        walk.go(place, copy, str(Path(place.root, place.inside).relative_to("/")))
+                    else:
+                        walk.go(place, place.folder, place.inside)
                     done += 1
         return list(walk.files.values()), done
 
@@ -166,12 +174,12 @@ class _Walk:
         self._budget = budget
         self._closer = closer
 
-    def go(self, place: Place) -> None:
-        """Add the files of a place. Raises SpentError if the budget does not last for all of them."""
-        with self._opened(None, str(place.folder)) as root:
+    def go(self, place: Place, folder: Path, inside: str) -> None:
+        """Add the files of a place, `inside` of a folder. Raises SpentError if the budget does not last for them."""
+        with self._opened(None, str(folder)) as root:
             if root is None or os.fstat(root).st_dev != self._device:
                 return  # something else is mounted there by now
-            waiting = [place.inside]
+            waiting = [inside]
             while waiting:
                 path = waiting.pop()
                 with self._opened(root, path) as found, suppress(OSError):

@@ -68,8 +68,8 @@ class LiveVolume:
     folder: Path
     look: Callable[[], Extents]
     previous: ImageRecord | None = None
-    whole: bool = True
-    """Whether all that is in use is captured; else `look` leaves something out, which has to be told at the moment."""
+    leave_out: Callable[[Extents, Path], Extents] | None = None
+    """Takes from what is used what `look` leaves out, where a snapshot of the volume is mounted at a folder instead."""
 
 
 class Moment:

@@ -27,12 +27,14 @@ from remetal.events import Note, Report, Step, silent
 from remetal.image.capture import read_batches
 from remetal.image.extents import probe_used
 from remetal.image.live import READ_ONLY_KINDS, LiveVolume, Manner, Moment, Pause, all_held, capture_live
+from remetal.image.ranges import Extents
 from remetal.pace import Pace
 from remetal.repository.session import Batch, Session
 from remetal.repository.snapshots import ImageRecord
 from remetal.system.blockdev import Span, flush_cache
 from remetal.system.freeze import freezes_nest, sync_folders
 from remetal.system.lvm_snapshots import LvmSnapshot, Origin, SnapshotFailedError, probe_origins
+from remetal.system.mounts import mounted
 from remetal.system.run import ProgramFailedError
 from remetal.units import MIB, align_up, format_bytes
 
@@ -45,6 +47,13 @@ from a snapshot, or not in use."""
 _KINDS = frozenset({"ext2", "ext3", "ext4", "xfs"})
 """Whose file systems the kernel freezes for a snapshot. It does not know a btrfs by its device, and would take the
 snapshot for another device of it."""
+_UNTOUCHED = {
+    "ext2": ("ro",),
+    "ext3": ("ro", "noload"),
+    "ext4": ("ro", "noload"),
+    "xfs": ("ro", "norecovery", "nouuid"),
+}
+"""How their snapshots are mounted without anything being written."""
 LEAST = 64 * MIB
 """An ordinary snapshot has so much room at least, or a tenth of its volume; and up to half of the volume where that
 leaves as much to others."""
@@ -124,25 +133,15 @@ def capture_mounted(
 
     As `capture_live`, but some are read from snapshots as `policy` says. Raises UnavailableError, too, if one does not
     last until it is read. No snapshot stays, whatever happens.
-
-    What is left out of a volume is told by its mounted file system, at the moment. A snapshot is read later, so one of
-    which something is left out is read from a snapshot only by the policy `all`, and then as a whole.
     """
     origins = _probe_origins(volumes, report) if policy != "none" else {}
     choice = plan_snapshots(
-        [
-            Offer(each.volume, origins[each.volume], _used(each))
-            for each in volumes
-            if each.volume in origins and (each.whole or policy == "all")
-        ],
+        [Offer(each.volume, origins[each.volume], _used(each)) for each in volumes if each.volume in origins],
         policy,
         nest=freezes_nest(),
     )
     for volume, reason in choice.reasons.items():
         report(Note(f"{volume} gets no LVM snapshot: {reason}"))
-    for each in volumes:
-        if each.volume in choice.rooms and not each.whole:
-            report(Note(f"nothing is left out of {each.volume}, because it is read from an LVM snapshot"))
     snapshots = {volume: LvmSnapshot(origins[volume], room) for volume, room in choice.rooms.items()}
     try:
         return _capture(session, volumes, snapshots, manner, report)
@@ -213,7 +212,7 @@ def _read_snapshot(
     try:
         batches = read_batches(
             span,
-            probe_used(span, volume.kind, frozen=True),
+            _look(volume, span, report),
             session.chunk_size,
             buffers=session.workers + 1,
             part=volume.volume,
@@ -227,6 +226,19 @@ def _read_snapshot(
         raise
     snapshot.check()
     return image
+
+
+def _look(volume: LiveVolume, span: Span, report: Report) -> Extents:
+    """Return what is to be captured of a snapshot; what is left out of it is told by its files, as they were then."""
+    used = probe_used(span, volume.kind, frozen=True)
+    if volume.leave_out is None:
+        return used
+    try:
+        with mounted(span.path, kind=volume.kind, options=_UNTOUCHED[volume.kind]) as folder:
+            return volume.leave_out(used, folder)
+    except ProgramFailedError as error:
+        report(Note(f"nothing is left out of {volume.volume}, because its snapshot cannot be mounted: {error.message}"))
+        return used
 
 
 def _watched(batches: Iterator[Batch], snapshot: LvmSnapshot) -> Iterator[Batch]:

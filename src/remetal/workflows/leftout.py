@@ -79,9 +79,10 @@ class LeavingOut:
         omission = self._omissions.get(volume)
         return look if omission is None else lambda: omission.take_from(look(), held=True)
 
-    def concerns(self, volume: SpaceId) -> bool:
-        """Whether anything may be left out of a volume that is mounted."""
-        return volume in self._omissions
+    def from_copy(self, volume: SpaceId) -> Callable[[Extents, Path], Extents] | None:
+        """Return what takes that from the used blocks of a snapshot that is mounted at a folder; None if all stays."""
+        omission = self._omissions.get(volume)
+        return None if omission is None else lambda used, copy: omission.take_from(used, held=False, copy=copy)
 
     def find_rest(self, volume: SpaceId, span: Span, kind: str, report: Report) -> Sequence[Extent] | None:
         """Return what is to be captured of a volume at rest, or None if nothing is left out of it.
@@ -197,13 +198,14 @@ def _find_temporary(mounted: _Mounted) -> Iterator[tuple[FileSystem, Place]]:
 
 def _locate(path: Path, mounted: _Mounted, *, suffix: str = "", keep: int = 0) -> tuple[FileSystem, Place] | None:
     """Return the captured file system that a path is on, and where on it; None if it is on none."""
-    folder = find_mount_of(path).target
+    mount = find_mount_of(path)
+    folder = mount.target
     if str(folder) not in mounted:
         return None
     layer, use = mounted[str(folder)]
     if layer.type in KINDS and folder.stat().st_dev != Path(use.device).stat().st_rdev:
         return None  # something else is mounted over it
-    return layer, Place(path, folder, str(path.resolve().relative_to(folder)), suffix, keep)
+    return layer, Place(path, folder, str(path.resolve().relative_to(folder)), suffix, keep, mount.root)
 
 
 def _text(path: Path) -> str:

@@ -113,7 +113,7 @@ class VolumeCapture:
             self.live[volume],
             self.leaving.around(volume, look),
             self._previous(volume),
-            whole=not self.leaving.concerns(volume),
+            self.leaving.from_copy(volume),
         )
 
     def _look_at_part(self, layer: FileSystem, space: SpaceId) -> Extents:
