@@ -25,7 +25,7 @@ def site() -> Site:
 
 def stored(session: Session, data: bytes) -> list[Known]:
     kept: list[Known] = []
-    session.store(len(data), batches_of(data), kept.append)
+    session.store("sda:1", len(data), batches_of(data), kept.append)
     return kept
 
 
@@ -51,6 +51,7 @@ def test_an_image_of_both_is_what_it_should_be(site: Site, fresh: tuple[int, ...
         snapshot = session.commit(layout=b'{"version": 1}', hostname="web.example")
     assert restore(site, snapshot) == bytes(later)
     assert image.used == len(_DATA)
+    assert image.stored == session.statistics.stored_bytes > 0
     assert session.statistics.read_bytes == len(_DATA)
     assert check_repository(site.repository, keys=site.key, read_data=True).problems == []
 

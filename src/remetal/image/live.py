@@ -318,7 +318,7 @@ class _Capture:
             report=report,
         )
         with closing(batches):
-            self._session.store(read.span.size, batches, read.keep)
+            self._session.store(read.volume.volume, read.span.size, batches, read.keep)
 
 
 def _look_at_all(read: Mapping[str, _Reading]) -> dict[str, Extents]:

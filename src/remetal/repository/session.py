@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
@@ -216,14 +216,16 @@ class Session:
             self._workers.put(Worker(repository, keys, self._uploads, self._filling))
         self._failed = threading.Event()
         self._images: list[ImageRecord] = []
+        self._stored_ahead: Counter[str] = Counter()
         self._ended = False
 
-    def store(self, size: int, batches: Iterable[Batch], keep: Callable[[Known], None]) -> None:
-        """Store chunks ahead of the image of `size` bytes that they may become part of; `keep` is told their ids.
+    def store(self, volume: str, size: int, batches: Iterable[Batch], keep: Callable[[Known], None]) -> None:
+        """Store chunks ahead of the volume's image of `size` bytes, of which they may be; `keep` is told their ids.
 
         Batches are taken and released as `write_image` does, and the same is raised. Of the session's statistics only
         what is new counts: the image will count what it has.
         """
+        before = self.statistics.stored_bytes
         with self._writing(), closing(self._encoded(batches, size)) as done:
             for encoded in done:
                 counts = encoded.statistics
@@ -233,6 +235,7 @@ class Session:
                     )
                 )
                 keep(Known(encoded.first, encoded.ids, counts.read_bytes))
+        self._stored_ahead[volume] += self.statistics.stored_bytes - before
 
     def write_image(
         self, volume: str, size: int, batches: Iterable[Batch | Known], *, previous: ImageRecord | None = None
@@ -261,7 +264,7 @@ class Session:
             size=size,
             chunk_size=chunk_size,
             used=self.statistics.read_bytes - before.read_bytes,
-            stored=self.statistics.stored_bytes - before.stored_bytes,
+            stored=self.statistics.stored_bytes - before.stored_bytes + self._stored_ahead.pop(volume, 0),
             digest=map_digest(size, chunk_size, names),
             pages=tuple(names),
         )
