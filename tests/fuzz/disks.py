@@ -33,7 +33,7 @@ from tests.fuzz.target import Target, right
 from tests.sample_layout import METADATA
 
 _SECTOR = 512
-_LARGEST = 1 << 44
+_LARGEST = 1 << 41
 _AT_ONCE = 64 * MIB
 _KEPT = 24 << 10
 """Bytes of a seed: the first that are not zero are the ones that parsers look at."""

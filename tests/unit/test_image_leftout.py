@@ -379,13 +379,13 @@ def test_what_is_moved_into_and_out_of_the_folder_meanwhile_is_of_the_last_momen
     subprocess.run(["sync", "-f", usual.folder], check=True)
     moved = False
 
-    def store(self: Session, size: int, batches: Iterable[Batch], keep: Callable[[Known], None]) -> None:
+    def store(self: Session, volume: str, size: int, batches: Iterable[Batch], keep: Callable[[Known], None]) -> None:
         nonlocal moved
         if not moved:
             moved = True
             (usual.out / "comes").rename(usual.kept / "comes")
             (usual.kept / "goes").rename(usual.out / "goes")
-        real(self, size, batches, keep)
+        real(self, volume, size, batches, keep)
 
     real = Session.store
     monkeypatch.setattr(Session, "store", store)
