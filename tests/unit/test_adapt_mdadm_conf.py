@@ -104,7 +104,7 @@ def test_members_named_by_nodes_give_way_to_the_uuid() -> None:
 
 def test_device_patterns_that_do_not_lead_to_the_members_any_more() -> None:
     new, changes, _ = plan("DEV /dev/sd[ab]*\n    /dev/sdc1\nDEVICE containers # c\n")
-    assert new == "DEV /dev/sd[ab]*\n    /dev/sdc1\nDEVICE containers partitions # c\n"
+    assert new == "DEV partitions /dev/sd[ab]*\n    /dev/sdc1\nDEVICE containers # c\n"
     assert len(changes) == 1
     for text in ("DEVICE /dev/nvme*n1p*\n", "DEVICE partitions /dev/sda6\n", "DEVICE /dev/hda1\n", "DEVICE\n"):
         assert plan(text) == (text, (), ())

@@ -152,7 +152,7 @@ def _plan_devices(lines: Sequence[Line], identities: Identities) -> list[Edit]:
     if not _has_lost(_members(identities), patterns):
         return []
     what = f"mdadm looks at all partitions, since DEVICE {' '.join(patterns)} does not lead to the restored members"
-    return [Edit(words[-1].end, words[-1].end, f" {_ALL_DEVICES}", what)]
+    return [Edit(words[0].start, words[0].start, f"{_ALL_DEVICES} ", what)]
 
 
 def _find_array(line: Line, identities: Identities) -> Named | Gone | None:
