@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from remetal.system.loop import attach_loop
 from remetal.system.mounts import mounted
 from remetal.units import MIB
 from remetal.vm.machine import Drive, Machine
-from remetal.vm.qemu import start_machine
+from remetal.vm.qemu import Running, start_machine
 from tests.boot.test_medium import MENU, PATIENCE, PROMPT, run_there
 from tests.commands.site import PASSPHRASE, REMETAL
 
@@ -83,13 +84,47 @@ def test_partitions_that_are_written_to_are_of_one_moment(medium: Medium, disk: 
             running.wait_for(PROMPT, 30)
         told = json.loads(run_there(running, "cat /run/told"))
         assert 0 < told["pause"] < 10
+        sleep_amid_backups(running)
         run_there(running, "echo changed > /run/third/file")  # it is writable again
         run_there(running, "touch /run/stop; sleep 1; umount /run/first /run/second /run/third /run/vault")
         running.send("poweroff\n")
-        running.wait_for_shutdown(60)
+        running.wait_for("reboot: Power down", 60)
+        running.quit()  # an emulated machine that has slept does not go off by itself
     first, second = restored_numbers(tmp_path, vault)
     assert first - second in {0, 1}, "the partitions are of two moments"
     assert first > 0
+
+
+def sleep_amid_backups(running: Running) -> None:
+    """Let the machine sleep before it is held, for longer than that may be; then while somebody waits to write.
+
+    The kernel gives that up after 20 seconds, for which who watches is stopped, too.
+    """
+    run_there(running, "echo deep > /sys/power/mem_sleep; echo 'echo mem > /sys/power/state' > /run/sleep")
+    backup = "remetal backup --disk /dev/vda --machine live --quiet --hooks /run/hooks.toml; echo CODE $?"
+    for phase, sleeps in (("before-freeze", True), ("frozen", False)):
+        hook = f"[[hook]]\nrun = ['/bin/sh', '/run/sleep']\nat = ['{phase}']\nlimit = 90\n"
+        run_there(running, f"printf {json.dumps(hook)} > /run/hooks.toml")
+        running.send(f"{backup}\n")
+        assert falls_asleep(running, 100) == sleeps
+        if sleeps:
+            time.sleep(15)
+            running.wake()
+        code = int(running.wait_for(r"CODE (\d+)", 300)[1])
+        running.wait_for(PROMPT, 30)
+        assert code == 0 if sleeps else code in {1, 6}
+        run_there(running, "for each in first second third; do echo works > /run/$each/other; done")
+        assert run_there(running, "remetal snapshots --json | grep -c sequence") == "3"
+
+
+def falls_asleep(running: Running, seconds: float) -> bool:
+    """Return whether the machine sleeps in time."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if running.status() == "suspended":
+            return True
+        time.sleep(0.2)
+    return False
 
 
 def restored_numbers(folder: Path, vault: Path) -> list[int]:

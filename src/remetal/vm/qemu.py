@@ -96,6 +96,10 @@ class Running:
         """Press the power button: the system shuts itself down."""
         self.monitor.execute("system_powerdown")
 
+    def wake(self) -> None:
+        """Press a key on a machine that sleeps (ACPI S3)."""
+        self.monitor.execute("system_wakeup")
+
     def reset(self) -> None:
         """Press the reset button."""
         self.monitor.execute("system_reset")
