@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from remetal.image.capture import BATCH, READ_AHEAD
-from remetal.image.restore import GROUP
+from remetal.image.capture import READ_AHEAD, batch_size
+from remetal.image.restore import WAITING, group_size
+from remetal.repository.check import READERS
 from remetal.repository.config import MAX_CHUNK
 from remetal.repository.copy import AT_ONCE
 from remetal.repository.encoder import PACKS_AT_ONCE
@@ -24,6 +25,7 @@ from remetal.repository.protect import FRAGMENTS
 from remetal.repository.reader import OPEN_PACKS
 from remetal.repository.rescue import REBUILT_PACKS
 from remetal.repository.table import CHUNK
+from remetal.system.processors import MOST
 from remetal.units import KIB, MIB, TIB
 
 GOAL = 256 * MIB
@@ -52,7 +54,7 @@ class Case:
 
     disk: int = 100 * TIB
     chunk_size: int = 256 * KIB
-    workers: int = 2
+    workers: int = MOST
     snapshots: int = 30
     changed: float = 0.05
     condemned: float = 0.01
@@ -82,7 +84,8 @@ def bound(case: Case) -> dict[str, dict[str, int]]:
     """Return for each kind of work its parts, in bytes."""
     program = {"program": PROGRAM}
     table = {"table of chunks and packs": _table(case)}
-    snapshot = {"a snapshot and its map": _snapshot(case)}
+    buffers = case.workers + 1
+    restoring = case.workers + WAITING
     condemned = int(case.condemned * case.packs) * (2 * (_OBJECT + ID_SIZE + _ENTRY) + _COPIES * ID_SIZE)
     pruning = {"bytes needed of each pack": 4 * case.packs, "what is condemned": condemned}
     return {
@@ -93,27 +96,31 @@ def bound(case: Case) -> dict[str, dict[str, int]]:
             "packs that have parity": _rows(case.packs, NUMBERED.itemsize),
             "chunks in them": PACKS_AT_ONCE * MAX_CHUNKS * (_OBJECT + ID_SIZE + _ENTRY),
             "chunks at work": case.workers * _COPIES * case.chunk_size,
-            "buffers": (case.workers + 1 + READ_AHEAD) * max(BATCH, case.chunk_size),
+            "buffers": (buffers + READ_AHEAD) * batch_size(buffers, case.chunk_size),
         }
         | table
-        | snapshot,
+        | {"maps, of before and of now": 2 * _map(case)},
+        "backup, writing the snapshot": program
+        | {"packs that have parity": _rows(case.packs, NUMBERED.itemsize)}
+        | table
+        | {"a snapshot and its map": _snapshot(case)},
         "restore": program
         | {
-            "buffers": case.workers * (max(GROUP, case.chunk_size) + _COPIES * case.chunk_size),
+            "buffers": restoring * (group_size(restoring, case.chunk_size) + _COPIES * case.chunk_size),
             "keys of packs": OPEN_PACKS * 4 * KIB,
             "packs needed": case.packs,
             "packs rebuilt, if some are damaged": (REBUILT_PACKS + 3) * _pack(case),
             "packs and their groups, then": 3 * _rows(case.packs, NUMBERED.itemsize),
         }
         | table
-        | snapshot,
+        | {"a map": _map(case)},
         "check, comparing objects": program
         | {
             "a group being read": _pack(case) + 2 * PIECE,
             "packs seen, packs with parity": 3 * _rows(case.packs, NUMBERED.itemsize),
         },
         "check, looking for chunks": program
-        | {"packs being read": case.workers * (PACK_SIZE + _COPIES * case.chunk_size)}
+        | {"packs being read": min(case.workers, READERS) * (PACK_SIZE + _COPIES * case.chunk_size)}
         | table
         | {"snapshots": _snapshots(case)},
         "prune, looking": program
@@ -184,9 +191,14 @@ def _rows(rows: int, width: int) -> int:
     return waiting + merging
 
 
+def _map(case: Case) -> int:
+    """The names of the pages of one snapshot's map."""
+    return case.pages * (ID_SIZE + _OBJECT + _SLOT)
+
+
 def _snapshot(case: Case) -> int:
     """The one that is made and the one before it, and on the way from or to the store another few of their bytes."""
-    return case.pages * (2 * (ID_SIZE + _OBJECT + _SLOT) + _COPIES * ID_SIZE)
+    return 2 * _map(case) + _COPIES * case.pages * ID_SIZE
 
 
 def _snapshots(case: Case) -> int:

@@ -6,11 +6,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from bench.bound import GOAL, PROGRAM, Case, bound, table_of
 from bench.resident import run_resident
 from remetal.image.ranges import WAITING
 from remetal.repository.named import NAMED, NUMBERED
 from remetal.repository.table import CHUNK
+from remetal.system.processors import MOST
 from remetal.units import GIB, KIB, MIB, TIB
 
 PAGE = Path(__file__).parents[2] / "docs/explanation/memory.md"
@@ -35,9 +38,13 @@ def test_the_page_shows_what_the_code_gives() -> None:
     assert f"more than {WAITING:,} |" in text
 
 
-def test_a_hundred_terabytes_fit() -> None:
-    for size in (256 * KIB, 512 * KIB, MIB):
-        assert max(sum(parts.values()) for parts in bound(Case(chunk_size=size)).values()) <= GOAL
+@pytest.mark.parametrize(
+    ("workers", "size"),
+    [*((workers, 256 * KIB) for workers in range(1, MOST + 1)), (8, 512 * KIB), (4, 512 * KIB), (4, MIB), (2, MIB)],
+)
+def test_a_hundred_terabytes_fit(workers: int, size: int) -> None:
+    parts = bound(Case(chunk_size=size, workers=workers))
+    assert max(sum(each.values()) for each in parts.values()) <= GOAL
 
 
 def test_ten_times_the_disk_takes_little_more() -> None:

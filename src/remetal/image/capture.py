@@ -26,10 +26,13 @@ from remetal.system.blockdev import PAGE, DiskIO, Span, aligned_buffer, is_block
 from remetal.units import KIB, MIB, align_down, align_up
 
 BATCH = 4 * MIB
-"""Bytes of a volume that are read at once, and that one worker takes at once."""
+"""Bytes of a volume that are read at once, and that one worker takes at once; less where there are many workers."""
 
 READ_AHEAD = 2
 """How many batches are being read while the workers are busy."""
+
+BUFFERS = 20 * MIB
+"""Bytes of all batches together, unless each is a single chunk."""
 
 SMALL_GAP = 128 * KIB
 """A gap between used extents that is cheaper to read over than to seek across, in bytes."""
@@ -78,7 +81,12 @@ def capture_bytes(session: Session, data: bytes, *, volume: str, previous: Image
     return session.write_image(volume, len(data), batches, previous=previous)
 
 
-def plan_stretches(extents: Sequence[Extent], size: int, chunk_size: int, *, batch: int = BATCH) -> Iterator[Stretch]:
+def batch_size(buffers: int, chunk_size: int) -> int:
+    """Return the bytes of each batch, whole chunks, where `buffers` of them may exist beside those being read."""
+    return max(align_down(min(BATCH, BUFFERS // (buffers + READ_AHEAD)), chunk_size), chunk_size)
+
+
+def plan_stretches(extents: Sequence[Extent], size: int, chunk_size: int, *, batch: int) -> Iterator[Stretch]:
     """Cut the used extents of a volume of `size` bytes into stretches of whole chunks, at most `batch` bytes each.
 
     Every chunk that holds a used byte is in exactly one stretch, in ascending order; others are in none.
@@ -126,7 +134,7 @@ def read_batches(
     `part` names the volume in progress events. `pace` is how fast it is read at most. Raises RemetalError if the disk
     cannot be read.
     """
-    size = max(align_up(BATCH, chunk_size), chunk_size)
+    size = batch_size(buffers, chunk_size)
     pool: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
     for _ in range(buffers + READ_AHEAD):
         pool.put(aligned_buffer(size))
@@ -139,7 +147,7 @@ def read_batches(
     ):
         sector = probe_geometry(span.path).logical_sector if disk.direct else 1
         pending: deque[tuple[Stretch, memoryview, Future[None]]] = deque()
-        stretches = plan_stretches(extents, span.size, chunk_size)
+        stretches = plan_stretches(extents, span.size, chunk_size, batch=size)
         while True:
             while len(pending) < READ_AHEAD and (stretch := next(stretches, None)) is not None:
                 if pace is not None:

@@ -6,7 +6,6 @@ rollback on the same disk writes only what differs. Holes of the image are not t
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -22,10 +21,14 @@ from remetal.repository.maps import ZERO_ID, Run
 from remetal.repository.reader import Reader
 from remetal.repository.snapshots import ImageRecord
 from remetal.system.blockdev import DiskIO, Span, aligned_buffer, open_disk
-from remetal.units import MIB
+from remetal.system.processors import probe_processors
+from remetal.units import MIB, align_down
 
 GROUP = 4 * MIB
-"""Bytes of the target that one worker compares and writes at once."""
+"""Bytes of the target that one worker compares and writes at once; less where there are many workers."""
+
+BUFFERS = 16 * MIB
+"""Bytes of all that they have at once, unless each has a single chunk."""
 
 WAITING = 2
 """How many more threads there are than processors: so many may wait for the disk or the repository."""
@@ -107,14 +110,15 @@ def _walk(
     report: Report,
     writing: bool,
 ) -> Written:
-    workers = workers or (os.cpu_count() or 1) + WAITING
+    workers = workers or probe_processors() + WAITING
+    buffer = group_size(workers, image.chunk_size)
     buffers = threading.local()
     result = Written()
     report(Progress(part, 0, image.used))
 
     def work(disk: DiskIO, group: Run) -> Written:
         if not hasattr(buffers, "own"):
-            buffers.own = aligned_buffer(max(GROUP, image.chunk_size))
+            buffers.own = aligned_buffer(buffer)
         return _bring(reader, image, span, disk, group, buffers.own, writing=writing)
 
     with (
@@ -123,7 +127,7 @@ def _walk(
     ):
         pending: deque[Future[Written]] = deque()
         try:
-            for group in _groups(reader, image, span.size):
+            for group in _groups(reader, image, span.size, buffer // image.chunk_size):
                 pending.append(pool.submit(work, disk, group))
                 if len(pending) > 2 * workers:
                     result += pending.popleft().result()
@@ -137,9 +141,13 @@ def _walk(
     return result
 
 
-def _groups(reader: Reader, image: ImageRecord, size: int) -> Iterator[Run]:
-    """Yield the image's runs that begin in its first `size` bytes, cut into pieces that fit one buffer."""
-    count = max(GROUP // image.chunk_size, 1)
+def group_size(workers: int, chunk_size: int) -> int:
+    """Return the bytes, whole chunks, that each of so many workers compares and writes at once."""
+    return max(align_down(min(GROUP, BUFFERS // workers), chunk_size), chunk_size)
+
+
+def _groups(reader: Reader, image: ImageRecord, size: int, count: int) -> Iterator[Run]:
+    """Yield the image's runs that begin in its first `size` bytes, cut into pieces of up to `count` chunks."""
     end = -(-size // image.chunk_size)
     for run in reader.runs(image):
         for index in range(0, min(len(run.ids), end - run.first), count):

@@ -8,7 +8,6 @@ only where the file begins with a place on a disk, what is written there lasts.
 from __future__ import annotations
 
 import errno
-import os
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
@@ -24,6 +23,7 @@ from remetal.repository.reader import Reader
 from remetal.repository.snapshots import ImageRecord
 from remetal.system.blockdev import DiskIO, Span, open_disk
 from remetal.system.fuse import Content, Pieces, shown_file
+from remetal.system.processors import probe_processors
 from remetal.units import GIB, KIB, MIB
 
 CACHE = 64 * MIB
@@ -52,7 +52,7 @@ def served_image(
     it was stored reads as an I/O error, and is raised at the end of the block as what it was: DamagedError, or
     UnavailableError if the store was lost; likewise RemetalError if the disk failed.
     """
-    workers = os.cpu_count() or 1
+    workers = probe_processors()
     report(Progress(part, 0, image.used))
     with ThreadPoolExecutor(workers, thread_name_prefix="serve") as pool:
         content = _Content(reader, image, pool, part, report)

@@ -6,7 +6,6 @@ with a key every snapshot's chunks are looked up; with a recipient's key every c
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,6 +48,10 @@ from remetal.repository.slots import read_slots
 from remetal.repository.snapshots import Snapshot
 from remetal.repository.table import ChunkTable
 from remetal.storage import Entry, Store
+from remetal.system.processors import probe_processors
+
+READERS = 6
+"""So many packs are read and opened at once, however many processors there are: each is 16 MiB of memory."""
 
 
 @dataclass(slots=True)
@@ -312,7 +315,7 @@ def _check_data(
     repository = catalog.repository
     total = sum(pack.size for pack in _all_packs(catalog, access))
     done = 0
-    workers = os.cpu_count() or 1
+    workers = min(probe_processors(), READERS)
     waiting: deque[tuple[Contents, Future[list[str]]]] = deque()
     part = f"packs of {access.machine.name}"
     with ThreadPoolExecutor(workers) as pool:

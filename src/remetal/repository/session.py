@@ -11,7 +11,6 @@ a backup that is cut off leaves little that the next one has to store again.
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections import Counter, deque
@@ -65,6 +64,7 @@ from remetal.repository.snapshots import (
 )
 from remetal.repository.table import ChunkTable
 from remetal.storage import AlreadyExistsError
+from remetal.system.processors import probe_processors
 
 _BATCHES_AHEAD = 4
 """How many batches per worker may wait, where the producer's own pool of buffers sets no lower limit."""
@@ -528,7 +528,7 @@ def open_session(
         for problem in problems:
             report(Warn(problem, "Run `remetal check`."))
         _follow_recipients(repository, keys, report)
-        session = Session(repository, keys, lock, newest, table, workers=workers or os.cpu_count() or 1, report=report)
+        session = Session(repository, keys, lock, newest, table, workers=workers or probe_processors(), report=report)
         try:
             yield session
         finally:
