@@ -18,8 +18,9 @@ from remetal.repository.catalog import open_catalog
 from remetal.repository.check import check_repository
 from remetal.repository.forget import forget_snapshots
 from remetal.repository.machines import MachineKeys
+from remetal.repository.remove import remove_recipient
 from remetal.repository.repair import repair_repository
-from remetal.repository.repository import Repository, add_recipient, enroll_machine, open_repository, remove_recipient
+from remetal.repository.repository import Repository, add_recipient, enroll_machine, open_repository
 from remetal.repository.repository import unlock_with_passphrase as unlock
 from remetal.repository.retire import retire_machine
 from remetal.repository.session import open_session

@@ -26,13 +26,13 @@ from remetal.repository.copy import copy_repository
 from remetal.repository.forget import forget_snapshots
 from remetal.repository.machines import MachineKeys
 from remetal.repository.prune import prune_machine
+from remetal.repository.remove import remove_recipient
 from remetal.repository.repository import (
     accept_recipients,
     add_recipient,
     enroll_machine,
     list_keys,
     open_repository,
-    remove_recipient,
 )
 from remetal.repository.session import Session, open_session
 from remetal.storage import Entry, Pieces

@@ -16,6 +16,7 @@ from remetal.repository.forget import forget_snapshots
 from remetal.repository.objects import pack_name
 from remetal.repository.parity import find_groups
 from remetal.repository.prune import prune_machine
+from remetal.repository.remove import remove_recipient
 from remetal.repository.repair import repair_repository
 from remetal.repository.repository import (
     accept_recipients,
@@ -27,7 +28,6 @@ from remetal.repository.repository import (
     list_keys,
     open_repository,
     remove_passphrase,
-    remove_recipient,
     unlock_with_kit,
     unlock_with_passphrase,
 )

@@ -107,6 +107,26 @@ def test_passphrases_come_and_go(site: Site) -> None:
     assert [each.kind for each in list_keys(site.repository)] == ["recipient", "passphrase", "machine"]
 
 
+def test_each_recipient_keeps_a_passphrase(site: Site) -> None:
+    add_recipient(site.repository, site.key, "escrow")
+    for passphrase in (PASSPHRASE, "escrow"):
+        with pytest.raises(RefusedError, match="the only passphrase of recipient"):
+            remove_passphrase(site.repository, passphrase)
+    add_passphrase(site.repository, site.key, "second")
+    assert len(remove_passphrase(site.repository, PASSPHRASE)) == 1
+
+
+def test_a_passphrase_that_might_never_be_tried_is_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("remetal.repository.slots.MAX_SLOTS", 3)
+    add_passphrase(site.repository, site.key, "second")
+    add_passphrase(site.repository, site.key, "third")
+    with pytest.raises(RefusedError, match="has 3 passphrases, and cannot have more"):
+        add_passphrase(site.repository, site.key, "fourth")
+    with pytest.raises(RefusedError, match="has 3 passphrases, and cannot have more"):
+        add_recipient(site.repository, site.key, "fourth")
+    change_passphrase(site.repository, "third", "fourth")
+
+
 def test_init_leaves_a_repository_alone(site: Site) -> None:
     before = dict(site.store.objects)
     with pytest.raises(RefusedError, match="already"):

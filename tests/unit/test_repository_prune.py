@@ -18,14 +18,15 @@ from remetal.repository.machines import MachineKeys
 from remetal.repository.objects import encode_lines, put_named
 from remetal.repository.packs import sealed_to
 from remetal.repository.prune import prune_machine
-from remetal.repository.recipients import Revocation, put_revocation
+from remetal.repository.recipients import MAX_RECIPIENTS, Revocation, put_revocation
+from remetal.repository.remove import remove_recipient
 from remetal.repository.repository import (
     accept_recipients,
+    active_recipients,
     add_recipient,
     enroll_machine,
     list_keys,
     open_repository,
-    remove_recipient,
     unlock_with_passphrase,
 )
 from remetal.repository.retention import Policy, check_policy, choose_kept
@@ -493,6 +494,81 @@ def test_removals_that_are_refused(site: Site) -> None:
     remove_recipient(site.repository, site.key, second.key.id)
     with pytest.raises(RefusedError, match="counts no more"):
         remove_recipient(site.repository, second.key, site.key.id)
+
+
+def test_who_alone_opens_something_is_not_removed(site: Site) -> None:
+    """Neither what was stored before the machine accepted another recipient is lost, nor what it stores after that."""
+    one = backup(site, _DATA["one"], workers=1)
+    second = _second(site)
+    before = dict(site.store.objects)
+    with pytest.raises(RefusedError, match=r"none of the other recipients opens: \d+ of machine 'web'"):
+        remove_recipient(site.repository, second.key, site.key.id)
+    assert site.store.objects == before
+    accept_recipients(site.repository, site.keys)
+    two = backup(site, _DATA["two"], workers=1)
+    with pytest.raises(RefusedError, match="none of the other recipients opens"):
+        remove_recipient(site.repository, second.key, site.key.id)
+    prune(site, reseal=True)
+    remove_recipient(site.repository, second.key, site.key.id)
+    assert [restore(second, each) for each in (one, two)] == [_DATA["one"], _DATA["two"]]
+
+
+def test_what_one_recipient_alone_opens_may_be_abandoned(site: Site) -> None:
+    one = backup(site, _DATA["one"], workers=1)
+    second = _second(site)
+    remove_recipient(site.repository, second.key, site.key.id, abandon=True)
+    with pytest.raises(RemetalError):
+        restore(second, one)
+
+
+def test_a_machine_whose_recipients_are_all_removed_makes_no_backup_that_nobody_opens(site: Site) -> None:
+    second = _second(site)
+    remove_recipient(site.repository, second.key, site.key.id)
+    before = dict(site.store.objects)
+    with pytest.raises(RefusedError, match="nobody could open this backup"):
+        backup(site, _DATA["one"])
+    with pytest.raises(RefusedError, match="nobody could open this backup"):
+        enroll_machine(site.repository, "web", pinned=site.keys.stored.recipients)
+    assert {name for name in site.store.objects if not name.startswith("locks/")} == set(before)
+    accept_recipients(site.repository, site.keys)
+    one = backup(site, _DATA["one"])
+    assert restore(second, one) == _DATA["one"]
+    assert [each.id for each in site.keys.stored.recipients] == [second.key.id]
+
+
+def test_a_removal_that_was_cut_off_is_ended_by_another(site: Site) -> None:
+    second = _second(site)
+    accept_recipients(site.repository, site.keys)
+    put_revocation(site.store, second.key.id, key=site.key, created="2026-01-01T00:00:00Z")
+    remove_recipient(site.repository, site.key, second.key.id)
+    with pytest.raises(RefusedError, match="opens nothing"):
+        unlock_with_passphrase(site.repository, "second")
+    assert not [name for name in site.store.objects if name.startswith("keys/secrets/") and second.key.id in name]
+
+
+def test_recipients_come_and_go_more_often_than_there_may_be_at_once(site: Site) -> None:
+    """Those that were removed take nobody's place, and what they have said about others stays good."""
+    one = backup(site, _DATA["one"], workers=1)
+    keys = [site.key]
+    for number in range(MAX_RECIPIENTS + 2):
+        add_recipient(site.repository, keys[-1], f"number {number}")
+        keys.append(unlock_with_passphrase(site.repository, f"number {number}"))
+        accept_recipients(site.repository, site.keys)
+        prune_machine(site.repository, keys[-2], site.keys.machine_id, grace=0.0, reseal=True)
+        remove_recipient(site.repository, keys[-1], keys[-2].id)
+        backup(site, _DATA["two"], workers=1)
+    assert [each.id for each in active_recipients(site.repository)] == [keys[-1].id]
+    assert restore(Site(site.store, site.repository, site.keys, keys[-1]), one) == _DATA["one"]
+    assert check_repository(site.repository, keys=keys[-1], read_data=True).ok
+
+
+def test_more_recipients_than_there_may_be_are_refused(site: Site) -> None:
+    for number in range(MAX_RECIPIENTS - 1):
+        add_recipient(site.repository, site.key, f"number {number}")
+    before = dict(site.store.objects)
+    with pytest.raises(RefusedError, match=f"has {MAX_RECIPIENTS} recipients, and cannot have more"):
+        add_recipient(site.repository, site.key, "one too many")
+    assert site.store.objects == before
 
 
 def test_a_machine_keeps_a_recipient_at_least(site: Site) -> None:

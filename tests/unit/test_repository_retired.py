@@ -15,11 +15,11 @@ from remetal.repository.forget import forget_snapshots
 from remetal.repository.history import entry_name, put_entry
 from remetal.repository.objects import RETIRED, encode_lines, put_named
 from remetal.repository.prune import prune_machine
+from remetal.repository.remove import remove_recipient
 from remetal.repository.repository import (
     add_recipient,
     enroll_machine,
     list_keys,
-    remove_recipient,
     unlock_with_passphrase,
 )
 from remetal.repository.retention import Policy, choose_kept
@@ -177,8 +177,23 @@ def test_a_damaged_history_is_closed_where_a_person_says(site: Site) -> None:
     with pytest.raises(DamagedError, match="history is damaged"):
         retire_machine(site.repository, site.key, site.keys.machine_id)
     assert listed(site) == [first.id, second.id]
+    for impossible in (-1, 4):
+        with pytest.raises(RefusedError, match=f"has no entry {impossible}; its newest one is 3"):
+            retire_machine(site.repository, site.key, site.keys.machine_id, last=impossible)
+    before = set(site.store.objects)
     assert retire_machine(site.repository, site.key, site.keys.machine_id, last=1).last == 1
     assert listed(site) == [first.id]
+    assert before < set(site.store.objects), "nothing is deleted"
+
+
+def test_a_history_that_is_whole_is_not_cut(site: Site) -> None:
+    first, second = backup(site, _DATA), backup(site, _DATA)
+    before = dict(site.store.objects)
+    for last in (-1, 0, 1, 2, 3):
+        with pytest.raises(RefusedError, match="is whole, so all of it counts"):
+            retire_machine(site.repository, site.key, site.keys.machine_id, last=last)
+    assert site.store.objects == before
+    assert listed(site) == [first.id, second.id]
 
 
 def _flip(data: bytes) -> bytes:

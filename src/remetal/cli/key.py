@@ -12,11 +12,12 @@ import msgspec
 from cyclopts import App, Parameter
 
 from remetal.cli.options import DEFAULTS, Credentials, Output, Repo, need_secret, new_passphrase
-from remetal.cli.output import print_result
+from remetal.cli.output import print_result, reporting
 from remetal.cli.tables import escape, key_table
 from remetal.errors import RemetalError, UsageError
 from remetal.ids import match_prefix, short
 from remetal.repository.kit import RecoveryKit
+from remetal.repository.remove import remove_recipient
 from remetal.repository.repository import (
     Repository,
     accept_recipients,
@@ -26,7 +27,6 @@ from remetal.repository.repository import (
     list_keys,
     make_kit,
     remove_passphrase,
-    remove_recipient,
 )
 from remetal.repository.retire import retire_machine
 from remetal.workflows.access import find_local_keys, opened_repository, unlock
@@ -109,7 +109,7 @@ def change(
 
 @app.command(name="remove-passphrase")
 def remove(*, repo: Repo, credentials: Credentials = Credentials(), output: Output = Output()) -> None:
-    """Remove the passphrase that is given. The last one cannot be removed.
+    """Remove the passphrase that is given. A recipient's last one cannot be removed.
 
     Whoever kept a copy of the repository can still use the old passphrase on that copy.
     """
@@ -141,22 +141,32 @@ def recipient(
 
 @app.command(name="remove-recipient")
 def remove_one(
-    recipient: str, /, *, repo: Repo, credentials: Credentials = Credentials(), output: Output = Output()
+    recipient: str,
+    /,
+    *,
+    repo: Repo,
+    abandon: Annotated[
+        bool,
+        Parameter(negative=(), help="Remove it even if there are packs that it alone opens. What they hold is lost."),
+    ] = False,
+    credentials: Credentials = Credentials(),
+    output: Output = Output(),
 ) -> None:
     """Remove a recipient: machines seal nothing more to it, and its passphrases are gone.
 
-    What was sealed to it before stays open to it until `remetal prune --reseal` has written that anew, and in copies of
-    the repository for ever.
+    Refused while there are packs that none of the others opens. What was sealed to it before stays open to it until
+    `remetal prune --reseal` has written that anew, and in copies of the repository for ever.
 
     Parameters
     ----------
     recipient
         Id of the recipient, or its beginning (`remetal key list`).
     """
-    with opened_repository(repo) as repository:
-        known = [each.id for each in list_keys(repository) if each.kind == "recipient"]
+    with reporting(output) as report, opened_repository(repo) as repository:
+        known = [each.id for each in list_keys(repository) if each.kind in {"recipient", "revoked"}]
         chosen = match_prefix(recipient, known, what="recipient")
-        remove_recipient(repository, unlock(repository, need_secret(credentials)), chosen)
+        key = unlock(repository, need_secret(credentials))
+        remove_recipient(repository, key, chosen, abandon=abandon, report=report)
     print_result(output, {"removed": chosen}, f"Removed recipient {short(chosen)}. Next: remetal prune --reseal")
 
 
@@ -173,7 +183,8 @@ def retire(
     last: Annotated[
         int | None,
         Parameter(
-            help="Where its history is damaged: the number of the last snapshot that counts (`remetal show`).",
+            help="Where its history is damaged: the number of the last snapshot that counts (`remetal show`). Nothing "
+            "is deleted, but what comes after it does not count any more, and no later number can be given.",
             metavar="NUMBER",
         ),
     ] = None,
@@ -182,9 +193,9 @@ def retire(
 ) -> None:
     """Let a machine's own keys count no more, for instance after somebody has broken into it.
 
-    Its snapshots up to now stay good. Whatever is signed with these keys afterwards is believed by nobody. The
-    machine gets new keys, and a new id, with its next backup; compare that id with what the machine shows, then run
-    this again with --successor, so that both count as one machine for `latest` and for `forget`.
+    Its snapshots up to now stay good. Whatever is signed with these keys afterwards is believed by nobody; run this
+    again to delete it. The machine gets new keys, and a new id, with its next backup; compare that id with what the
+    machine shows, then run this again with --successor, so that both count as one machine for `latest` and `forget`.
 
     Parameters
     ----------

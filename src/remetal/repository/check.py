@@ -7,7 +7,7 @@ with a key every snapshot's chunks are looked up; with a recipient's key every c
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -25,7 +25,7 @@ from remetal.repository.catalog import (
     read_entry,
     read_vouched,
 )
-from remetal.repository.chunks import find_packs, image_runs, load_table, read_contents
+from remetal.repository.chunks import find_packs, image_runs, live_packs, load_table, read_contents
 from remetal.repository.history import LEDGER, Envelope, check_chain, is_gone, sequence_of
 from remetal.repository.indexes import PACKS_PER_INDEX, put_index
 from remetal.repository.machines import MachineKeys, MachineRecord, read_machines
@@ -312,14 +312,14 @@ def _note_orphans(catalog: Catalog, report: Report) -> None:
 def _check_data(
     catalog: Catalog, key: RecipientKey, access: MachineAccess, result: CheckResult, report: Report
 ) -> None:
-    repository = catalog.repository
-    total = sum(pack.size for pack in _all_packs(catalog, access))
+    repository, ledger = catalog.repository, catalog.ledgers[access.machine.id].newest
+    total = sum(pack.size for pack in live_packs(repository, access.domain, ledger))
     done = 0
     workers = min(probe_processors(), READERS)
     waiting: deque[tuple[Contents, Future[list[str]]]] = deque()
     part = f"packs of {access.machine.name}"
     with ThreadPoolExecutor(workers) as pool:
-        packs = _all_packs(catalog, access)
+        packs = live_packs(repository, access.domain, ledger)
         while True:
             pack = next(packs, None)
             if pack is not None:
@@ -332,17 +332,6 @@ def _check_data(
                 report(Progress(part, done, total))
             if pack is None:
                 return
-
-
-def _all_packs(catalog: Catalog, access: MachineAccess) -> Iterator[Contents]:
-    """Yield the packs of a machine that its index tells of and that are there; what is missing is told elsewhere."""
-    seen = NamedObjects()
-    present = find_packs(catalog.repository, access.machine.id)
-    for _, packs in read_contents(catalog.repository, access.domain, catalog.ledgers[access.machine.id].newest, []):
-        fresh = seen.add((pack.identity, pack.size) for pack in packs)
-        for pack, number in zip(packs, fresh, strict=True):
-            if number >= 0 and pack.identity in present:
-                yield pack
 
 
 def _check_pack(repository: Repository, key: RecipientKey, access: MachineAccess, pack: Contents) -> list[str]:

@@ -51,6 +51,20 @@ def read_contents(
             yield entry.name, [each for each in found if each.identity not in packs]
 
 
+def live_packs(repository: Repository, domain: Domain, ledger: Ledger | None) -> Iterator[Contents]:
+    """Yield each pack once that a machine's index tells of and that is there; for the ledger see `read_contents`.
+
+    Damaged index objects are passed over.
+    """
+    seen = NamedObjects()
+    present = find_packs(repository, domain.machine_id)
+    for _, packs in read_contents(repository, domain, ledger, []):
+        fresh = seen.add((pack.identity, pack.size) for pack in packs)
+        for pack, number in zip(packs, fresh, strict=True):
+            if number >= 0 and pack.identity in present:
+                yield pack
+
+
 def load_table(
     repository: Repository, domain: Domain, ledger: Ledger | None, problems: list[DamagedError] | None = None
 ) -> ChunkTable:

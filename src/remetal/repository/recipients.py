@@ -7,6 +7,7 @@ is noticed by whoever knows the repository's id. Specification: docs/format/keys
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ from remetal.repository.objects import (
 from remetal.storage import Store
 
 MAX_RECIPIENTS = 16
+"""To so many a pack is sealed at most; those that were revoked do not count."""
 MAX_RECORDS = 1 << 10
 """Objects of recipients or revocations that are looked at: far more than there may be recipients."""
 _CONTEXT = b"remetal 1 recipient record\0"
@@ -113,7 +115,8 @@ def put_recipient(store: Store, key: RecipientKey, *, certifier: RecipientKey, c
 
 def read_recipients(store: Store, repository_id: str) -> tuple[list[RecipientRecord], list[str]]:
     """Return the recipients that the repository's id vouches for, founder first, and what is wrong with others."""
-    found: dict[str, tuple[RecipientRecord, bytes, bytes]] = {}
+    found: defaultdict[str, list[tuple[RecipientRecord, bytes, bytes]]] = defaultdict(list)
+    ids: set[str] = set()
     problems: list[str] = []
     for count, entry in enumerate(store.entries(RECIPIENTS)):
         if count >= MAX_RECORDS:
@@ -124,20 +127,23 @@ def read_recipients(store: Store, repository_id: str) -> tuple[list[RecipientRec
         except DamagedError as error:
             problems.append(error.message)
         else:
-            found[record.id] = record, text, signature
+            found[record.certified_by].append((record, text, signature))
+            ids.add(record.id)
     trusted: dict[str, RecipientRecord] = {}
-    before = -1
-    while before != len(trusted):
-        before = len(trusted)
-        for record, text, signature in found.values():
-            founder = record.id == repository_id == record.certified_by
-            if record.id not in trusted and (founder or record.certified_by in trusted):
+    founders = [each for each in found[repository_id] if each[0].id == repository_id]
+    waiting = deque((each[0], founders) for each in founders[:1])
+    while waiting:
+        certifier, candidates = waiting.popleft()
+        for record, text, signature in candidates:
+            if record.id not in trusted:
                 with suppress(CipherError):
-                    verify(found[record.certified_by][0].verify_key, signature, _CONTEXT, text)
+                    verify(certifier.verify_key, signature, _CONTEXT, text)
                     trusted[record.id] = record
-    strangers = found.keys() - trusted
-    problems += [f"the recipient {each} is vouched for by nobody: do not trust it" for each in sorted(strangers)]
-    return list(trusted.values())[:MAX_RECIPIENTS], problems
+                    waiting.append((record, found[record.id]))
+    problems += [
+        f"the recipient {each} is vouched for by nobody: do not trust it" for each in sorted(ids - trusted.keys())
+    ]
+    return list(trusted.values()), problems
 
 
 def put_revocation(store: Store, recipient: str, *, key: RecipientKey, created: str) -> None:

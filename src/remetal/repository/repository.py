@@ -30,17 +30,17 @@ from remetal.repository.machines import (
     save_keys,
     seal_secrets,
 )
-from remetal.repository.objects import CONFIG, HELP, HISTORY, INDEX, MACHINES, PACKS, RECIPIENTS, SECRETS, SLOTS
+from remetal.repository.objects import CONFIG, HELP, HISTORY, INDEX, MACHINES, PACKS, RECIPIENTS, SLOTS
 from remetal.repository.recipients import (
+    MAX_RECIPIENTS,
     RecipientKey,
     RecipientRecord,
     put_recipient,
-    put_revocation,
     read_recipients,
     read_revoked,
 )
-from remetal.repository.retired import put_retirement, read_retired
-from remetal.repository.slots import put_slot, read_slots, try_slot, unlock
+from remetal.repository.retired import read_retired
+from remetal.repository.slots import need_room_for_slot, put_slot, read_slots, try_slot, unlock
 from remetal.storage import AlreadyExistsError, NotFoundError, Store
 
 
@@ -155,10 +155,13 @@ def trusted_recipients(repository: Repository) -> list[RecipientRecord]:
 
 
 def active_recipients(repository: Repository) -> list[RecipientRecord]:
-    """Return the recipients that are to be sealed to: all that were not revoked. Raises DamagedError."""
+    """Return the recipients that are to be sealed to: all that were not revoked. Raises DamagedError.
+
+    Of more than there may be only the first are returned, in the order in which others vouch for them.
+    """
     recipients = trusted_recipients(repository)
     revoked, _ = read_revoked(repository.store, repository.config.id, recipients)
-    return [each for each in recipients if each.id not in revoked]
+    return [each for each in recipients if each.id not in revoked][:MAX_RECIPIENTS]
 
 
 def new_recipients(repository: Repository, keys: MachineKeys) -> list[RecipientRecord]:
@@ -182,7 +185,10 @@ def accept_recipients(repository: Repository, keys: MachineKeys) -> list[Recipie
 
 
 def drop_revoked(repository: Repository, keys: MachineKeys) -> list[RecipientRecord]:
-    """Let this machine seal no more to recipients that were revoked, and return those; one at least always stays."""
+    """Let this machine seal no more to recipients that were revoked, and return those.
+
+    One at least always stays. Raises RefusedError if that could only be one that was revoked.
+    """
     staying = _still_active(repository, keys.stored.recipients)
     if len(staying) == len(keys.stored.recipients):
         return []
@@ -194,9 +200,19 @@ def drop_revoked(repository: Repository, keys: MachineKeys) -> list[RecipientRec
 
 
 def _still_active(repository: Repository, pinned: Sequence[RecipientRecord]) -> tuple[RecipientRecord, ...]:
-    """Return the recipients that were not revoked; all if none would be left."""
+    """Return the recipients that were not revoked; all if the repository has none that was not.
+
+    Raises RefusedError if it has some, and none of them is among those that are pinned.
+    """
     active = {each.id for each in active_recipients(repository)}
-    return tuple(each for each in pinned if each.id in active) or tuple(pinned)
+    staying = tuple(each for each in pinned if each.id in active)
+    if not staying and active:
+        raise RefusedError(
+            "every recipient that this machine seals to was removed: nobody could open this backup",
+            hint="Compare the id of the recipient that took its place with its recovery kit (`remetal key list`), and "
+            "accept it: remetal key accept",
+        )
+    return staying or tuple(pinned)
 
 
 def load_machine_keys(state: Path, repository: Repository) -> MachineKeys | None:
@@ -248,23 +264,30 @@ def list_keys(repository: Repository) -> list[KeyInfo]:
 
 
 def add_passphrase(repository: Repository, key: RecipientKey, passphrase: str) -> str:
-    """Add a passphrase for a recipient's key and return the slot's id. Raises UsageError for an empty one."""
+    """Add a passphrase for a recipient's key and return the slot's id.
+
+    Raises UsageError for an empty one, RefusedError if there are as many as there may be.
+    """
+    need_room_for_slot(repository.store, repository.config.id)
     return put_slot(repository.store, key, passphrase, created=utc_now()).id
 
 
 def remove_passphrase(repository: Repository, passphrase: str) -> list[str]:
     """Remove every slot that a passphrase opens and return their ids.
 
-    Raises RefusedError if it opens none, or if no other passphrase would be left.
+    Raises RefusedError if it opens none, or if a recipient that counts would be left without one.
     """
     slots, _ = read_slots(repository.store, repository.config.id)
     opened = [each for each in slots if try_slot(each.slot, passphrase) is not None]
     if not opened:
         raise RefusedError("the passphrase opens nothing in this repository", hint="List the keys: remetal key list")
-    if len(opened) == len(slots):
-        raise RefusedError(
-            "this is the repository's only passphrase", hint="Add another one first: remetal key add-passphrase"
-        )
+    staying = {each.slot.recipient for each in slots if each not in opened}
+    for recipient in active_recipients(repository):
+        if recipient.id not in staying and any(each.slot.recipient == recipient.id for each in opened):
+            raise RefusedError(
+                f"this is the only passphrase of recipient {recipient.id}",
+                hint="Add another one first (remetal key add-passphrase), or change it (change-passphrase).",
+            )
     for each in opened:
         repository.store.delete(each.name)
     return [each.slot.id for each in opened]
@@ -284,9 +307,16 @@ def add_recipient(repository: Repository, key: RecipientKey, passphrase: str) ->
     """Make another recipient with a passphrase of its own, and return its kit.
 
     It reads the catalogs of all machines at once, and the packs that a machine writes after the machine's
-    administrator has accepted it (`accept_recipients`). Raises DamagedError if a machine's secrets do not open.
+    administrator has accepted it (`accept_recipients`). Raises DamagedError if a machine's secrets do not open,
+    RefusedError if there are as many recipients or passphrases as there may be.
     """
     store, created = repository.store, utc_now()
+    if len(active_recipients(repository)) >= MAX_RECIPIENTS:
+        raise RefusedError(
+            f"the repository has {MAX_RECIPIENTS} recipients, and cannot have more",
+            hint="Remove one that is not needed any more: remetal key remove-recipient",
+        )
+    need_room_for_slot(store, repository.config.id)
     fresh = RecipientKey(repository.config.id, secrets.token_bytes(KEY_SIZE))
     domains = [open_secrets(store, each, key) for each in read_machines(store, repository.config.id)[0]]
     put_slot(store, fresh, passphrase, created=created)
@@ -294,48 +324,6 @@ def add_recipient(repository: Repository, key: RecipientKey, passphrase: str) ->
     for domain in domains:
         seal_secrets(store, domain, record, repository.config.id)
     return make_kit(repository, fresh)
-
-
-def remove_recipient(repository: Repository, key: RecipientKey, recipient: str) -> None:
-    """Let a recipient count no more: nothing is sealed to it from now on, and its passphrases are removed.
-
-    What was sealed to it before stays open to it, in this repository until the packs are written anew
-    (`prune_machine(reseal=True)`), and in every copy for ever. Raises RefusedError if there is no such recipient, or it
-    is the one whose key this is.
-    """
-    store, repository_id = repository.store, repository.config.id
-    active = [each.id for each in active_recipients(repository)]
-    if recipient not in active:
-        raise RefusedError(f"there is no recipient {recipient}", hint="List the keys: remetal key list")
-    if recipient == key.id:
-        raise RefusedError(
-            "a recipient cannot remove itself", hint="Open the repository with the key of another recipient."
-        )
-    if key.id not in active:
-        raise RefusedError(
-            f"the recipient {key.id} counts no more itself", hint="Open the repository with the key of another one."
-        )
-    _take_over_retirements(repository, recipient, key)
-    put_revocation(store, recipient, key=key, created=utc_now())
-    slots, _ = read_slots(store, repository_id)
-    names = [each.name for each in slots if each.slot.recipient == recipient]
-    for machine in read_machines(store, repository_id)[0]:
-        names += [entry.name for entry in store.entries(f"{SECRETS}{machine.id}.{recipient}.")]
-    for name in names:
-        store.delete(name)
-
-
-def _take_over_retirements(repository: Repository, recipient: str, key: RecipientKey) -> None:
-    """Say again with `key` what a recipient has said about machines: what it says counts no more once it is removed."""
-    active = {each.id: each for each in active_recipients(repository)}
-    retired, _ = read_retired(repository.store, repository.config.id, active)
-    active.pop(recipient, None)
-    remaining, _ = read_retired(repository.store, repository.config.id, active)
-    for machine_id, each in retired.items():
-        if remaining.get(machine_id) != each:
-            put_retirement(
-                repository.store, machine_id, last=each.last, successor=each.successor, key=key, created=utc_now()
-            )
 
 
 def make_kit(repository: Repository, key: RecipientKey) -> RecoveryKit:

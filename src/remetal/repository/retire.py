@@ -5,8 +5,15 @@ from __future__ import annotations
 from contextlib import suppress
 
 from remetal.errors import DamagedError, RefusedError
-from remetal.repository.catalog import History, MachineAccess, entry_names, read_entry, read_vouched
-from remetal.repository.forget import Decision, append_ledger
+from remetal.repository.catalog import (
+    History,
+    MachineAccess,
+    entry_names,
+    last_number,
+    read_entry,
+    read_vouched,
+)
+from remetal.repository.forget import Decision, append_ledger, need_whole_history
 from remetal.repository.history import LEDGER, sequence_of
 from remetal.repository.machines import MachineRecord, open_secrets, read_machines
 from remetal.repository.recipients import RecipientKey
@@ -21,10 +28,11 @@ def retire_machine(
     """Let a machine's keys count no more, and return from where on. What stands in its history now stays good.
 
     What stands there is everything before a ledger that is added for it: so no listing that lacks an entry costs one.
-    With `last` that is the last entry that counts, and no ledger is added.
-    `successor` is the id of the machine that goes on in its place. Entries that were signed with the keys afterwards
-    are deleted, so doing it again cleans up. Raises RefusedError if there is no such machine or successor, or if the
-    key counts no more itself, DamagedError if the machine's history is not whole.
+    With `last`, which is for a history that is damaged, that is the last entry that counts, no ledger is added, and
+    nothing is deleted. `successor` is the id of the machine that goes on in its place. Entries that were signed with
+    the keys afterwards are deleted, so doing it again cleans up. Raises RefusedError if there is no such machine or
+    successor, if the key counts no more itself, or `last` is given for a history that is whole or has no such entry,
+    DamagedError if the machine's history is not whole.
     """
     machines = {each.id: each for each in read_machines(repository.store, repository.config.id)[0]}
     if key.id not in {each.id for each in active_recipients(repository)}:
@@ -39,11 +47,31 @@ def retire_machine(
             hint="Name the machine that goes on; `remetal key list` shows who follows whom.",
         )
     before = vouched.retired.get(machine_id)
-    if last is None:
+    if last is not None:
+        _need_damaged(repository, key, machines[machine_id], last)
+        put_retirement(repository.store, machine_id, last=last, successor=successor, key=key, created=utc_now())
+    else:
         last = before.last if before is not None else _close_history(repository, key, machines[machine_id])
-    put_retirement(repository.store, machine_id, last=last, successor=successor, key=key, created=utc_now())
-    _delete_behind(repository, machines[machine_id], last, vouched)
+        put_retirement(repository.store, machine_id, last=last, successor=successor, key=key, created=utc_now())
+        _delete_behind(repository, machines[machine_id], last, vouched)
     return read_vouched(repository).retired.get(machine_id, Retired(last, successor))
+
+
+def _need_damaged(repository: Repository, key: RecipientKey, machine: MachineRecord, last: int) -> None:
+    """Raise RefusedError unless a machine's history is damaged, and has an entry `last`."""
+    with suppress(DamagedError):
+        access = MachineAccess(machine, open_secrets(repository.store, machine, key))
+        need_whole_history(repository, access, read_vouched(repository))
+        raise RefusedError(
+            f"the history of machine '{machine.name}' is whole, so all of it counts",
+            hint="Run the same command without --last. Snapshots that are not wanted are forgotten: remetal forget",
+        )
+    newest = last_number(entry_names(repository, machine.id))
+    if not 0 <= last <= newest:
+        raise RefusedError(
+            f"the history of machine '{machine.name}' has no entry {last}; its newest one is {newest}",
+            hint="`remetal show` tells the number of a snapshot.",
+        )
 
 
 def _close_history(repository: Repository, key: RecipientKey, machine: MachineRecord) -> int:

@@ -114,6 +114,18 @@ def read_slots(store: Store, repository_id: str) -> tuple[list[StoredSlot], list
     return slots, problems
 
 
+def need_room_for_slot(store: Store, repository_id: str) -> None:
+    """Raise RefusedError if a further passphrase might never be tried, because there are so many."""
+    slots, problems = read_slots(store, repository_id)
+    work = sum(each.slot.memory * each.slot.iterations for each in slots) + MEMORY_KIB * ITERATIONS
+    if len(slots) + len(problems) >= MAX_SLOTS or work > MAX_WORK_OF_ALL:
+        raise RefusedError(
+            f"the repository has {len(slots)} passphrases, and cannot have more",
+            hint="Remove one that is not needed any more (remetal key remove-passphrase), or change one (remetal key "
+            "change-passphrase).",
+        )
+
+
 def check_slot(name: str, slot: Slot, repository_id: str) -> None:
     """Raise DamagedError for parameters that would cost too much, and for anything else that is not ours."""
     good_memory = 8 * slot.lanes <= slot.memory <= MAX_MEMORY_KIB and 1 <= slot.lanes <= MAX_LANES
