@@ -255,6 +255,42 @@ def test_neither_are_files_that_an_application_obeys(tmp_path: Path, told: Told,
         told.read(f'{table} = "{secret}"')
 
 
+def test_neither_is_one_that_somebody_may_put_there_later(told: Told) -> None:
+    folder = told.folder / "app"
+    folder.mkdir()
+    owned_by_another(folder)
+    with pytest.raises(RefusedError, match=r"would be obeyed as root, but .*/app belongs to user"):
+        told.read(f'run = ["{folder}/hook"]\nat = {ALL}\n')
+
+
+def test_neither_is_one_behind_a_link_that_others_may_change(told: Told) -> None:
+    """Though both the link that is named, and the file that is found, are root's."""
+    hooks = told.hooks(told.at("a"))
+    folder = told.folder / "app"
+    folder.mkdir()
+    (folder / "middle").symlink_to(told.folder / "a")
+    (told.folder / "first").symlink_to(folder / "middle")
+    assert told.read(told.at("first"))
+    owned_by_another(folder)
+    with pytest.raises(RefusedError, match=r"would be obeyed as root, but .*/app belongs to user"):
+        told.read(told.at("first"))
+    (folder / "middle").unlink()
+    folder.chmod(0o755)
+    os.chown(folder, 0, 0)
+    (folder / "middle").symlink_to("middle")
+    with pytest.raises(RefusedError, match="Too many levels"):
+        told.read(told.at("first"))
+    go_through(hooks)
+
+
+def test_it_is_looked_at_again_when_it_is_to_run(told: Told) -> None:
+    hooks = told.hooks(told.at("a"))
+    owned_by_another(told.folder / "a")
+    with pytest.raises(HookFailedError, match=r"would be obeyed as root, but .*/a belongs to user"):
+        go_through(hooks)
+    assert told.lines == []
+
+
 def test_a_file_in_a_folder_where_nobody_touches_what_others_own_is_obeyed(tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()

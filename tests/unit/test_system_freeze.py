@@ -184,6 +184,31 @@ def test_it_is_thawed_when_the_watchdog_is_gone(folder: Path, other: Path) -> No
     assert write(other / "probe") == ""
 
 
+def test_it_is_thawed_at_once_when_the_watchdog_is_gone(folder: Path, other: Path) -> None:
+    """Whatever we are doing then, and however long that takes."""
+
+    def wait_for_both(held: freeze.Held) -> None:
+        held._dog.kill()
+        wait_for_thaw(folder, 20)
+        wait_for_thaw(other, 20)
+
+    with pytest.raises(UnavailableError, match="watches over"), held_still([folder, other], limit=60) as held:
+        wait_for_both(held)
+    assert not is_frozen(folder)
+
+
+def test_nobody_ends_both_by_our_name(folder: Path) -> None:
+    """`pkill -f remetal` and `killall python3` leave the watchdog alone."""
+    with hold_elsewhere(folder, limit=30) as holding:
+        found = subprocess.run(["pgrep", "--parent", str(holding.pid)], check=True, capture_output=True, text=True)
+        dog = Path("/proc", found.stdout.strip())
+        words = (dog / "cmdline").read_bytes()
+        assert b"remetal" not in words.replace(os.fsencode(Path(sys.executable).resolve()), b"")
+        assert (dog / "comm").read_text() == "thaw-watchdog\n"
+        holding.kill()
+        wait_for_thaw(folder, 20)
+
+
 def test_the_watchdog_needs_no_other_process(folder: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_room() -> int:
         raise BlockingIOError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -79,7 +80,7 @@ def tracker(tmp_path: Path) -> Iterator[WriteTracker]:
 def bio(event: str, first: int, blocks: float) -> bytes:
     """Return what the kernel writes of a bio; `first` and `blocks` are in blocks of GRAIN bytes."""
     start, size = int(first * GRAIN // 512), int(blocks * GRAIN // 512)
-    return b"     kworker/u4:2-78    [001] ...1.    12.345678: block_bio_%s: 253,0 WS %d + %d [%s]" % (
+    return b"block_bio_%s: 253,0 WS %d + %d [%s]" % (
         event.encode(),
         start,
         size,
@@ -121,7 +122,26 @@ def test_of_several_bios_that_end_alike_the_longest_is_waited_for(tracker: Write
 
 def test_a_bio_from_before_the_beginning_tells_of_itself(tracker: WriteTracker) -> None:
     assert told(tracker, bio("complete", 9, 1)) == {9}
+
+
+def test_a_program_may_be_called_whatever_it_likes(tracker: WriteTracker, tmp_path: Path) -> None:
+    """A name of 15 bytes cannot tell of an event, nor hide one."""
+    for number, name in enumerate((b"a\nb", b"\n", b"\nblock_bio_queu", b"\nCPU:0 [LOST 9", b"[0]\n] + 9 [x")):
+        lines = bio("queue", number, 1).replace(b"kworker/u4:2", name).split(b"\n")
+        assert told(tracker, *lines, bio("complete", number, 1)) == {number}
+    assert told(tracker, still=True) == set()
+    (tmp_path / "per_cpu/cpu0").mkdir(parents=True)
+    (tmp_path / "per_cpu/cpu0/stats").write_text("overrun: 0\nread events: 10\n")
     assert tracker.lost == 0
+
+
+def test_what_is_discarded_is_not_written(device: Path) -> None:
+    with tracked({"all": Span(device, 0, SIZE)}, GRAIN) as tracker:
+        subprocess.run(["blkdiscard", device], check=True)
+        assert tracker.take() == {"all": set()}
+        subprocess.run(["blkdiscard", "--zeroout", "--length", str(2 * GRAIN), device], check=True)
+        assert {0, 1} <= tracker.take()["all"]
+        assert tracker.lost == 0
 
 
 def test_what_the_kernel_could_not_keep_is_counted(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +171,17 @@ def test_who_takes_events_away_is_noticed(device: Path, monkeypatch: pytest.Monk
                 os.read(pipe, 4096)
             os.close(pipe)
         assert tracker.lost > 0
+
+
+def test_who_empties_the_buffer_is_noticed(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "_PAUSE", 3600.0)
+    with tracked({"all": Span(device, 0, SIZE)}, GRAIN) as tracker:
+        write(device, 0, GRAIN)
+        assert tracker.take()["all"] == {0, 1}
+        write(device, 2 * GRAIN)
+        (instance() / "trace").write_text("")
+        assert tracker.lost > 0
+        assert tracker.take()["all"] == set()
 
 
 @pytest.mark.parametrize("switch", ["tracing_on", "events/block/block_rq_complete/enable"])

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 
 from remetal.applications.contract import Application, Moment, OnFailure, Phase
-from remetal.errors import RemetalError
+from remetal.applications.trust import check_owner
+from remetal.errors import RefusedError, RemetalError
 from remetal.events import Event, Note, Report, Step, Warn, silent
 
 
@@ -24,12 +25,16 @@ class HookFailedError(RemetalError):
 
 @dataclass(frozen=True, slots=True)
 class Hook:
-    """An application, as the file's table of that number asks for it; `limit` is in seconds, for each phase."""
+    """An application, as the file's table of that number asks for it; `limit` is in seconds, for each phase.
+
+    `trusted` are files that it obeys: nobody but root may be able to change them.
+    """
 
     number: int
     application: Application
     limit: float
     on_failure: OnFailure
+    trusted: tuple[Path, ...] = ()
 
     @property
     def label(self) -> str:
@@ -111,6 +116,7 @@ class Hooks:
     def _carry_out(self, hook: Hook, phase: Phase, report: Report) -> None:
         moment = Moment(phase, hook.limit, self._facts(phase), _teller(hook, report))
         try:
+            _check_trusted(hook)
             hook.application.carry_out(moment)
         except RemetalError as error:
             message = f"{hook.label} failed at {phase}: {error.message}"
@@ -131,6 +137,15 @@ class Hooks:
             if self.snapshot is not None:
                 facts["REMETAL_SNAPSHOT"] = self.snapshot
         return facts
+
+
+def _check_trusted(hook: Hook) -> None:
+    """Look once more who may change what is obeyed: files may have come since. Raises RefusedError."""
+    for each in hook.trusted:
+        try:
+            check_owner(each, missing=True)
+        except OSError as error:
+            raise RefusedError(f"cannot look at {each}: {error.strerror}") from error
 
 
 def _teller(hook: Hook, report: Report) -> Callable[[str], None]:

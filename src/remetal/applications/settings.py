@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from remetal.applications import APPLICATIONS
 from remetal.applications.contract import AnyKind, Kind, Settings
 from remetal.applications.hooks import Hook
 from remetal.applications.program import Program, ProgramSettings
+from remetal.applications.trust import check_owner
 from remetal.errors import RefusedError, UsageError
 
 HOOKS = Path("/etc/remetal/hooks.toml")
@@ -62,9 +62,10 @@ def _read_hook(where: str, number: int, table: dict[str, Any]) -> Hook:
         raise UsageError(f"{where}: limit = {settings.limit:g} is no time", hint="Give seconds, such as limit = 30.")
     if isinstance(settings, ProgramSettings) and not (settings.run and settings.at):
         raise UsageError(f"{where}: {'at' if settings.run else 'run'} is empty", hint=_EXAMPLE)
-    for each in settings.trusted:
-        _check_trusted(where, Path(each))
-    return Hook(number, kind.begin(settings), settings.limit, settings.on_failure)
+    trusted = tuple(map(Path, settings.trusted))
+    for each in trusted:
+        _check_trusted(where, each)
+    return Hook(number, kind.begin(settings), settings.limit, settings.on_failure, trusted)
 
 
 def _kind_of(where: str, table: dict[str, Any]) -> AnyKind:
@@ -82,31 +83,8 @@ def _check_trusted(where: str, path: Path) -> None:
     if not path.is_absolute():
         raise UsageError(f"{where}: '{path}' is no whole path", hint=f"Write it so: /PLACE/{path.name}.")
     try:
-        check_owner(path)
-    except FileNotFoundError:
-        return  # that is told when it is needed, and may be allowed
+        check_owner(path, missing=True)  # that is told when it is needed, and may be allowed
     except OSError as error:
         raise RefusedError(f"{where}: cannot look at {path}: {error.strerror}") from error
     except RefusedError as error:
         raise RefusedError(f"{where}: {error.message}", hint=error.hint) from error
-
-
-def check_owner(path: Path) -> None:
-    """Raise RefusedError if somebody other than root, or who runs us, owns what is obeyed as root, or may change it.
-
-    The same holds for every folder on the way to it, also behind symbolic links: who may write there may put another
-    file in its place, but for folders such as /tmp in which nobody can touch what others own. Raises OSError.
-    """
-    for each in dict.fromkeys([path, *path.absolute().parents, path.resolve(), *path.resolve().parents]):
-        about = each.stat()
-        shared = stat.S_ISDIR(about.st_mode) and about.st_mode & stat.S_ISVTX
-        if about.st_uid not in {0, os.geteuid()}:
-            why = f"belongs to user {about.st_uid}"
-        elif about.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not shared:
-            why = f"may be changed by others (mode {stat.S_IMODE(about.st_mode):04o})"
-        else:
-            continue
-        raise RefusedError(
-            f"{path} would be obeyed as root, but {each} {why}",
-            hint=f"Let it be root's alone: chown root {each} && chmod go-w {each}",
-        )

@@ -3,7 +3,8 @@
 A frozen file system has written everything to its disk, and whoever writes to it waits; who writes to one that was made
 read-only is refused. So who holds them must not write to them, nor wait for anybody who does; and they have to be
 let go even if who holds them is killed, stopped or out of memory. That is the business of another process
-(`remetal.system.watchdog`), which is there before the first one is held, and alone lets them go.
+(`remetal.system.watchdog`), which is there before the first one is held. If it is ended, we let them go at once; so
+that nobody ends both by our name, it does not have it.
 
 Source: ioctl(2) FIFREEZE and FITHAW, fs/super.c.
 """
@@ -19,9 +20,11 @@ import re
 import select
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from remetal.errors import RefusedError, RemetalError, UnavailableError
@@ -82,27 +85,61 @@ def held_still(folders: Sequence[Path], *, limit: float, read_only: Sequence[Pat
             opened.append(_open(folder))
             stack.callback(os.close, opened[-1])
         sync_folders(every)
-        dog = stack.enter_context(_watching(opened, len(read_only), limit))
+        dog, alive = stack.enter_context(_watching(opened, len(read_only), limit))
         held = Held(dog, limit)
-        count = 0
+        ours = _Ours(opened[: len(read_only)], opened[len(read_only) :])
         try:
-            for count, (folder, fd) in enumerate(zip(every, opened, strict=True), 1):
-                _tell(dog, count)
-                try:
-                    _hold(folder, fd, freeze=count > len(read_only))
-                except RefusedError:
-                    count -= 1  # it is not ours to let go
+            with _standing_in(alive, ours):
+                for count, (folder, fd) in enumerate(zip(every, opened, strict=True), 1):
                     _tell(dog, count)
-                    raise
-                held.check()
-            yield held
+                    ours.count = count
+                    try:
+                        _hold(folder, fd, freeze=count > len(read_only))
+                    except RefusedError:
+                        ours.count = count - 1  # it is not ours to let go
+                        _tell(dog, count - 1)
+                        raise
+                    held.check()
+                yield held
         finally:
             _tell(dog, watchdog.LET_GO)
             said = _line(dog)
             if not said:  # somebody has ended it
-                watchdog.let_go(opened[: min(count, len(read_only))], opened[len(read_only) : count])
+                ours.let_go()
         if said != b"held\n":
             raise held.why(said)
+
+
+@dataclass(slots=True)
+class _Ours:
+    """The open folders that we hold: of all the first `count` are, or are about to be."""
+
+    read_only: list[int]
+    frozen: list[int]
+    count: int = 0
+
+    def let_go(self) -> None:
+        first = len(self.read_only)
+        watchdog.let_go(self.read_only[: self.count], self.frozen[: max(self.count - first, 0)])
+
+
+@contextmanager
+def _standing_in(alive: int, ours: _Ours) -> Iterator[None]:
+    """Let go at once if the watchdog, to which the other end of the pipe `alive` belongs, ends in this block."""
+    over, end = os.pipe()
+
+    def wait() -> None:
+        if over not in select.select([alive, over], [], [])[0]:
+            ours.let_go()
+
+    thread = threading.Thread(target=wait, name="stand-in", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        os.close(end)
+        thread.join()
+        os.close(over)
 
 
 def sync_folders(folders: Sequence[Path]) -> None:
@@ -178,13 +215,24 @@ def writing_in_memory() -> Iterator[None]:
 
 
 @contextmanager
-def _watching(opened: Sequence[int], read_only: int, limit: float) -> Iterator[Process]:
-    argv = [sys.executable, "-I", "-S", watchdog.__file__, str(limit), str(read_only), *map(str, opened)]
-    with converse(argv, pass_fds=opened) as dog:
+def _watching(opened: Sequence[int], read_only: int, limit: float) -> Iterator[tuple[Process, int]]:
+    """Start the watchdog; yield it, and the end of a pipe of which it has the other one for as long as it lives."""
+    with ExitStack() as stack:
+        script = os.open(watchdog.__file__, os.O_RDONLY | os.O_CLOEXEC)
+        alive, other = os.pipe()
+        stack.callback(os.close, alive)
+        words = [f"/dev/fd/{script}", str(limit), str(read_only), *map(str, opened)]
+        try:
+            dog = stack.enter_context(
+                converse([Path(sys.executable).resolve(), "-I", "-S", *words], pass_fds=[script, other, *opened])
+            )
+        finally:
+            os.close(other)
+            os.close(script)
         set_apart(dog.pid)
         if _line(dog) != b"ready\n":
             raise RemetalError("what has to let the file systems go did not start; nothing was held")
-        yield dog
+        yield dog, alive
 
 
 def _tell(dog: Process, what: int) -> None:

@@ -1,7 +1,8 @@
 """Which parts of disks are written to, as the kernel's own tracepoints tell: no module, and no program to compile.
 
-An instance of the tracer of its own records every request that a disk has completed but reads. A thread takes them out
-of the kernel's buffer all the time. What it could not keep is counted by the kernel, so nothing is lost unnoticed.
+An instance of the tracer of its own records every request that a disk has completed but reads and discards. A thread
+takes them out of the kernel's buffer all the time. What it could not keep is counted by the kernel, so nothing is lost
+unnoticed.
 
 Mappings and arrays take no requests: they pass bios on. Of these the kernel tells when one is queued, and when it is
 completed, but not always in one piece: who cuts one up tells of the end of its last piece, and a few drivers tell of no
@@ -31,9 +32,13 @@ _REQUESTS = ("block_rq_complete",)
 _BIOS = ("block_bio_queue", "block_bio_complete")
 """The events of disks that take requests, and of what stands on them."""
 _LINE = re.compile(rb"(block_[a-z_]+): (\d+),(\d+) \S+ (?:\(.*?\) )?(\d+) \+ (\d+) ")
+"""How a line begins that tells of an event. Behind it may stand a program's name, with whatever it likes to have in it,
+line feeds, too; but that is too short to look like the beginning of another one."""
 _LOST = re.compile(r"^(?:overrun|commit overrun|dropped events): (\d+)$", re.MULTILINE)
 _TAKEN = re.compile(r"^read events: (\d+)$", re.MULTILINE)
 _READS = ("R", "RA", "RS", "RM", "RSM", "RAM", "RAS")
+_DISCARDS = ("D", "DS", "DM", "DSM", "DE", "DES", "DEM", "DESM")
+"""What is discarded holds nothing that a file system would read before it has written there again."""
 _SECTOR = 512
 _BUFFER, _BUFFERS = 8 * MIB, 256 * MIB
 """Of the kernel's buffer for each processor, and for all of them."""
@@ -61,8 +66,7 @@ class WriteTracker:
         """Where bios begin that were queued, by disk and end."""
         self._guard = threading.Lock()
         self._rest = b""
-        self._lines = 0
-        self._strange = 0
+        self._events_read = 0
         self._pipe = os.open(folder / "trace_pipe", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="tracker", daemon=True)
@@ -88,14 +92,15 @@ class WriteTracker:
     def lost(self) -> int:
         """How many requests were not recorded, or not understood, since it began.
 
-        Somebody else may have taken some out of the buffer, or switched the recording off: then it is one at least.
+        Somebody else may have taken some out of the buffer, emptied it, or switched the recording off: then it is one
+        at least.
         """
         with self._guard:
             self._drain()
             text = "".join(path.read_text() for path in self._folder.glob("per_cpu/cpu*/stats"))
-            taken = sum(map(int, _TAKEN.findall(text))) - self._lines
+            taken = sum(map(int, _TAKEN.findall(text))) - self._events_read
         lost = sum(map(int, _LOST.findall(text)))
-        return self._strange + lost + max(taken, 0) + (not self._is_on())
+        return lost + abs(taken) + (not self._is_on())
 
     def _is_on(self) -> bool:
         switches = [
@@ -124,15 +129,14 @@ class WriteTracker:
             if not data:
                 return
             *lines, self._rest = (self._rest + data).split(b"\n")
-            self._lines += len(lines)
             for line in lines:
                 self._note(line)
 
     def _note(self, line: bytes) -> None:
-        found = _LINE.search(line)
+        found = _LINE.match(line)
         if found is None:
-            self._strange += 1  # also what the kernel puts there for events that it has lost
             return
+        self._events_read += 1
         disk = int(found[2]) << 20 | int(found[3])
         start = int(found[4]) * _SECTOR
         end = start + int(found[5]) * _SECTOR
@@ -218,11 +222,12 @@ def _begin(folder: Path, spans: Collection[Span]) -> Collection[str]:
     """Begin to record, and return which events are."""
     buffer = min(_BUFFER, _BUFFERS // (os.cpu_count() or 1))
     (folder / "buffer_size_kb").write_text(str(buffer // KIB))
+    (folder / "options" / "context-info").write_text("0")  # in front of an event would stand a program's name
     disks: defaultdict[str, set[int]] = defaultdict(set)
     for span in spans:
         for event in _events_of(span.path.stat().st_rdev):
             disks[event].add(_number_of(span))
-    writes = " && ".join(f'rwbs != "{each}"' for each in _READS)
+    writes = " && ".join(f'rwbs != "{each}"' for each in (*_READS, *_DISCARDS))
     for event, numbers in disks.items():
         which = " || ".join(f"dev == {number}" for number in sorted(numbers))
         some = "" if event == "block_bio_complete" else " && nr_sector > 0"  # at its end a bio may have none left

@@ -1,6 +1,6 @@
 """The process that lets go of file systems that are held still, whatever happens to the one that holds them.
 
-`python -I -S watchdog.py SECONDS COUNT FD…` has the file systems' folders open: first `COUNT` that are made read-only,
+`python -I -S /dev/fd/N SECONDS COUNT FD…` has the file systems' folders open: first `COUNT` that are made read-only,
 then those that are frozen. It says `ready`, and then takes numbers of `NUMBER` bytes: how many of them are held or
 about to be, the first ones, or `LET_GO`. When that comes, or the one who asked is gone, it makes them writable again,
 thaws them, and ends. It says `held` if each of them was held until it was asked, or `lost` if somebody else had let go
@@ -25,6 +25,7 @@ from pathlib import Path
 FIFREEZE, FITHAW = 0xC0045877, 0xC0045878  # <linux/fs.h>
 NUMBER, LET_GO = 4, 0xFFFFFFFF
 _MCL_CURRENT, _MCL_FUTURE = 1, 2  # <sys/mman.h>
+_PR_SET_NAME = 15  # <linux/prctl.h>
 _FSPICK, _FSCONFIG = 433, 431  # <asm-generic/unistd.h>
 _FSPICK_EMPTY_PATH, _SET_FLAG, _RECONFIGURE = 8, 0, 7  # <linux/mount.h>
 _AGAIN = 0.1
@@ -133,6 +134,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("-1000")
+    _LIBC.prctl(_PR_SET_NAME, b"thaw-watchdog")  # `killall python3` does not mean it
     _LIBC.mlockall(_MCL_CURRENT | _MCL_FUTURE)
     limit, first, *folders = float(sys.argv[1]), *(int(each) for each in sys.argv[2:])
     watch = Watch(limit, folders[:first], folders[first:])
