@@ -211,3 +211,36 @@ def test_what_is_no_longer_mounted_is_told_and_nothing_else_is_held(site: Site, 
         if not folder.is_mount():  # who has mounts of its own has unmounted it for itself only
             subprocess.run(["mount", device, folder], check=True)
     assert site.remetal("snapshots", "--json").json == []
+
+
+def test_a_volume_that_grows_meanwhile_is_told(site: Site, tmp_path: Path) -> None:
+    """Its file system may have grown with it, and what was planned does not show all of it."""
+    image, hooks, grow = tmp_path / "disk.img", tmp_path / "hooks.toml", tmp_path / "grow"
+    with image.open("wb") as file:
+        file.truncate(SIZE)
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    found = subprocess.run(["losetup", "--find", "--show", image], check=True, capture_output=True, text=True)
+    device = Path(found.stdout.strip())
+    try:
+        grow.write_text(f"#!/bin/sh -e\ntruncate --size=+16M {image}\nlosetup --set-capacity {device}\n")
+        grow.chmod(0o755)
+        hooks.write_text(f'[[hook]]\nrun = ["{grow}"]\nat = ["before-freeze"]\n')
+        with mounted(device):
+            said = site.remetal("backup", "--disk", device, "--hooks", hooks, code=UnavailableError.exit_code).err
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+    assert "has another size now than when this backup began" in said
+    assert site.remetal("snapshots", "--json").json == []
+
+
+def test_where_the_kernel_does_not_count_that_is_told(site: Site, tmp_path: Path) -> None:
+    other = tmp_path / "other.img"
+    other.write_bytes(os.urandom(MIB))
+    with attach_loop(Span(other, 0, MIB), writable=True) as raw:
+        iostats = Path("/sys/class/block", raw.name, "queue/iostats")
+        iostats.write_text("0")
+        try:
+            said = site.remetal("backup", "--disk", raw).err
+        finally:
+            iostats.write_text("1")
+    assert f"the kernel does not count what is written to {raw.name} ({raw})" in said

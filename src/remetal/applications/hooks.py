@@ -89,6 +89,10 @@ class Hooks:
         for hook in self._at("frozen"):
             self._carry_out(hook, "frozen", self._unreported.append)
 
+    def has(self, phase: Phase) -> bool:
+        """Whether anybody is told of a phase."""
+        return bool(self._at(phase))
+
     def _at(self, phase: Phase) -> list[Hook]:
         return [each for each in self._hooks if phase in each.application.phases]
 

@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from remetal.errors import RemetalError
+from remetal.errors import RemetalError, UnavailableError
 from remetal.events import Report, Warn, silent
 from remetal.image.ranges import Extent, Extents
 from remetal.ondisk import exfat, f2fs, fat, ntfs
@@ -129,6 +129,12 @@ def probe_used_spanning(
         try:
             superblocks = {number: parse_btrfs(*reader) for number, reader in readers.items()}
             newest = max(superblocks.values(), key=lambda each: each.generation)
+            if frozen and newest.devices != len(parts):
+                first = next(iter(parts.values()))
+                raise UnavailableError(
+                    f"the btrfs on {first} has {newest.devices} devices now instead of {len(parts)}",
+                    hint="Nothing is kept of this backup; run it again when no device is added to it or removed.",
+                )
             allocated = read_allocation(readers, newest).extents
         except BadStructureError as error:
             if frozen:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from remetal.image.ranges import Extent, Extents
 from remetal.pace import Pace
 from remetal.repository.session import Session
 from remetal.repository.snapshots import ImageRecord
-from remetal.system.blockdev import Span, flush_cache
+from remetal.system.blockdev import Span, flush_cache, probe_geometry
 from remetal.system.freeze import Held, held_still, sync_folders
 from remetal.system.memory import probe_available
 from remetal.system.priority import normal_priority
@@ -40,7 +40,7 @@ FROZEN_KINDS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs"})
 """File systems, by blkid's names, whose map of used blocks can be read while they are frozen."""
 
 READ_ONLY_KINDS = frozenset({"vfat"})
-"""File systems that cannot be frozen, and are made read-only for the moment: all of what is in use is read in it."""
+"""File systems that cannot be frozen, and are made read-only for the moment."""
 
 SMALL = 1024 * MIB
 """How large a volume of such a kind may be."""
@@ -136,6 +136,7 @@ class _Reading(Ahead):
         super().__init__(volume.span, chunk_size)
         self.volume = volume
         self.device = volume.folder.stat().st_dev
+        self.size = probe_geometry(volume.span.path).size
 
 
 class _CannotFollowError(RemetalError):
@@ -214,6 +215,7 @@ class _Capture:
         """Store all that is in use, while it is.
 
         They are frozen for a look before: on the disk of a file system that is not, what is in use may be seconds old.
+        Of a small one that cannot be, that is good enough to begin with.
         """
         self._report(Step(f"Holding {', '.join(map(str, self._folders(_KINDS)))} still for a look at what is in use"))
         with normal_priority(), held_still(self._folders(FROZEN_KINDS), limit=self._manner.limit) as held:
@@ -223,6 +225,12 @@ class _Capture:
             for name, hint in _look_at_all(frozen).items():
                 self.read[name].hint = hint
         self._report(Note(f"they were held for {time.monotonic() - held.began:.1f} s"))
+        sync_folders(self._folders(READ_ONLY_KINDS))
+        self._flush_caches()
+        for each in self.read.values():
+            if each.volume.kind in READ_ONLY_KINDS:
+                with suppress(RemetalError):
+                    each.hint = each.volume.look()
         for name, each in self.read.items():
             if each.hint:
                 size = format_bytes(each.span.size)
@@ -293,6 +301,11 @@ class _Capture:
             if each.volume.folder.stat().st_dev != each.device:
                 raise UnavailableError(
                     f"{each.volume.volume} is not mounted at {each.volume.folder} any more",
+                    hint="Nothing is kept of this backup; run it again.",
+                )
+            if probe_geometry(each.span.path).size != each.size:
+                raise UnavailableError(
+                    f"{each.volume.volume} has another size now than when this backup began",
                     hint="Nothing is kept of this backup; run it again.",
                 )
 

@@ -140,6 +140,9 @@ def capture_mounted(
         policy,
         nest=freezes_nest(),
     )
+    if manner.hooks.has("frozen") and not freezes_nest():
+        why = "a program is to run while it is frozen, and before Linux 6.8 LVM takes no snapshot of it then"
+        choice = Choice({}, {**choice.reasons, **dict.fromkeys(choice.rooms, why)})
     for volume, reason in choice.reasons.items():
         report(Note(f"{volume} gets no LVM snapshot: {reason}"))
     snapshots = {volume: LvmSnapshot(origins[volume], room) for volume, room in choice.rooms.items()}
@@ -155,7 +158,7 @@ class _Snapshots(Moment):
 
     def __init__(self, volumes: Sequence[LiveVolume], snapshots: Sequence[LvmSnapshot], limit: float) -> None:
         self.places = [each.folder for each in volumes]
-        self.folders = self.places if len(volumes) > 1 else []
+        self.folders = self.places if freezes_nest() else []
         self._volumes = volumes
         self._snapshots = snapshots
         self._limit = limit
@@ -233,12 +236,13 @@ def _look(volume: LiveVolume, span: Span, report: Report) -> Extents:
     used = probe_used(span, volume.kind, frozen=True)
     if volume.leave_out is None:
         return used
-    try:
-        with mounted(span.path, kind=volume.kind, options=_UNTOUCHED[volume.kind]) as folder:
-            return volume.leave_out(used, folder)
-    except ProgramFailedError as error:
-        report(Note(f"nothing is left out of {volume.volume}, because its snapshot cannot be mounted: {error.message}"))
-        return used
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(mounted(span.path, kind=volume.kind, options=_UNTOUCHED[volume.kind]))
+        except ProgramFailedError as error:
+            report(Note(f"nothing is left out of {volume.volume}: its snapshot cannot be mounted: {error.message}"))
+            return used
+        return volume.leave_out(used, folder)
 
 
 def _watched(batches: Iterator[Batch], snapshot: LvmSnapshot) -> Iterator[Batch]:

@@ -248,7 +248,24 @@ def flush_cache(path: Path) -> None:
 
 def probe_written(device: Path) -> int:
     """Return the bytes that the kernel has written to a block device so far (Documentation/block/stat.rst)."""
-    return int(Path("/sys/class/block", device.name, "stat").read_text().split()[6]) * _SECTOR
+    return _statistics(device)[6] * _SECTOR
+
+
+def probe_changed(device: Path) -> int | None:
+    """Return the bytes that were written to a block device so far, or discarded; None if the kernel does not count.
+
+    Source: Documentation/block/stat.rst and queue-sysfs.rst (`iostats`).
+    """
+    folder = Path("/sys/class/block", device.name).resolve()
+    disk = folder if (folder / "queue").is_dir() else folder.parent
+    if (disk / "queue/iostats").read_text().strip() != "1":
+        return None
+    counts = _statistics(device)
+    return (counts[6] + sum(counts[13:14])) * _SECTOR
+
+
+def _statistics(device: Path) -> list[int]:
+    return [int(each) for each in Path("/sys/class/block", device.name, "stat").read_text().split()]
 
 
 def find_partition(span: Span) -> Path | None:

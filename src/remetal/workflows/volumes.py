@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from remetal.errors import UnavailableError
-from remetal.events import Report, Step
+from remetal.events import Report, Step, Warn
 from remetal.image.capture import capture_bytes, capture_volume
 from remetal.image.extents import probe_used, probe_used_spanning
 from remetal.image.live import LiveVolume, Manner, Pause
@@ -18,7 +18,7 @@ from remetal.layout.model import Captured, FileSystem, Layout, Raw, SpaceId
 from remetal.layout.opened import span_of
 from remetal.repository.session import Session
 from remetal.repository.snapshots import ImageRecord
-from remetal.system.blockdev import Span, find_partition, probe_written
+from remetal.system.blockdev import Span, find_partition, probe_changed
 from remetal.units import format_bytes
 from remetal.workflows.leftout import LeavingOut
 
@@ -79,12 +79,25 @@ class VolumeCapture:
 
     def _count_written(self, volumes: Iterable[SpaceId]) -> dict[SpaceId, tuple[Path, int]]:
         """Return the devices of volumes, where they have one of their own, and how many bytes were written to each."""
-        devices = {volume: find_partition(self._span(volume)) for volume in volumes}
-        return {volume: (device, probe_written(device)) for volume, device in devices.items() if device is not None}
+        found: dict[SpaceId, tuple[Path, int]] = {}
+        for volume in volumes:
+            device = find_partition(self._span(volume))
+            written = probe_changed(device) if device is not None else 0
+            if device is not None and written is not None:
+                found[volume] = device, written
+            elif device is not None:
+                self.report(
+                    Warn(
+                        f"the kernel does not count what is written to {volume} ({device}), so it cannot be noticed if "
+                        "somebody who is not seen here writes to it while it is captured",
+                        hint=f"Let it count: echo 1 > /sys/class/block/{device.name}/queue/iostats (or its disk's).",
+                    )
+                )
+        return found
 
     def _check_rest(self, before: Mapping[SpaceId, tuple[Path, int]]) -> None:
         for volume, (device, written) in before.items():
-            if probe_written(device) != written:
+            if probe_changed(device) != written:
                 raise UnavailableError(
                     f"a program has written to {volume} ({device}) while it was captured, which is not mounted here",
                     hint=f"See who uses it (fuser -v {device}): a virtual machine, a container, a pool? Nothing is "
