@@ -94,6 +94,17 @@ def test_policies_of_machines(site: Site, disk: Path) -> None:
     assert tags(site) == ["t1", "t2", "d1"]
 
 
+def test_a_policy_of_no_machine_forgets_nothing(site: Site) -> None:
+    """Who mistypes a name would else have the default policy for that machine."""
+    before = tags(site)
+    file = site.folder / "policies.toml"
+    file.write_text("[default]\nkeep-last = 1\n[machines.wbe]\nkeep-last = 9\n")
+    said = site.remetal("forget", "--policy", file, code=2).err
+    assert "there is a policy for a machine 'wbe', which is not in the repository; nothing was forgotten" in said
+    assert "The repository has: web." in said
+    assert tags(site) == before
+
+
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 import msgspec
@@ -494,6 +494,28 @@ def test_removals_that_are_refused(site: Site) -> None:
     remove_recipient(site.repository, site.key, second.key.id)
     with pytest.raises(RefusedError, match="counts no more"):
         remove_recipient(site.repository, second.key, site.key.id)
+
+
+def test_a_prune_protects_all_that_is_needed_and_nothing_else(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a store locks for some time is locked again: with nothing but that the snapshot comes back."""
+    first = backup(site, _DATA["one"], workers=1)
+    second = backup(site, _DATA["two"], workers=1)
+    forget_snapshots(site.repository, site.key, [first.id])
+    kept: list[str] = []
+
+    def keep(store: object, names: Iterable[str]) -> int:
+        kept.extend(names)
+        return 0
+
+    monkeypatch.setattr(type(site.store), "keep", keep)
+    prune_machine(site.repository, site.key, site.keys.machine_id)
+    going = {name for name in site.store.objects if name not in kept and not name.startswith("locks/")}
+    assert any(name.startswith("packs/") for name in going)
+    for name in going:
+        del site.store.objects[name]
+    assert restore(site, second) == _DATA["two"]
+    result = check_repository(site.repository, keys=site.key, read_data=True)
+    assert (result.problems, result.unprotected) == ([], 0)
 
 
 def test_who_alone_opens_something_is_not_removed(site: Site) -> None:

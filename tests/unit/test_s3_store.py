@@ -20,7 +20,7 @@ from remetal.repository.prune import PruneResult, prune_machine
 from remetal.repository.repository import open_repository
 from remetal.storage import AlreadyExistsError, NotFoundError, RetainedError, open_store, s3
 from remetal.storage.retry import RetryingStore
-from remetal.storage.s3 import S3Store
+from remetal.storage.s3 import PART_SIZE, S3Store
 from tests.ceph import Gateway
 from tests.repositories import Site, backup, make_site, noise, restore
 from tests.servers import free_port, running_handler
@@ -218,21 +218,41 @@ def test_an_upload_that_was_cut_off_is_ended_by_a_later_writer(
 def test_a_part_that_fails_leaves_nothing_and_the_next_attempt_succeeds(
     client: Any, versioned: S3Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    versioned.put("locks/open", [b"x"])
-    whole = versioned._client.upload_part
-    failed: list[str] = []
+    uploads = failing_parts(versioned, monkeypatch, 3)
+    RetryingStore(versioned, sleep=lambda seconds: None).put("packs/a", [LARGE])
+    assert len(set(uploads)) == 2
+    assert versioned.get("packs/a") == LARGE
+    assert "Uploads" not in client.list_multipart_uploads(Bucket=versioned._bucket)
+
+
+def test_a_part_is_sent_again_and_those_before_it_are_not(
+    client: Any, versioned: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads = failing_parts(versioned, monkeypatch, 2)
+    versioned.put("packs/a", [LARGE])
+    assert len(uploads) == -(-len(LARGE) // PART_SIZE) + 2
+    assert len(set(uploads)) == 1
+    assert versioned.get("packs/a") == LARGE
+
+
+def failing_parts(store: S3Store, monkeypatch: pytest.MonkeyPatch, count: int) -> list[str]:
+    """Let the second part of uploads fail so many times; return the upload of each part that is sent."""
+    store.put("locks/open", [b"x"])
+    whole = store._client.upload_part
+    sent: list[str] = []
+    left = count
 
     def upload_part(**words: Any) -> Any:
-        if words["PartNumber"] == 2 and not failed:
-            failed.append(words["UploadId"])
+        nonlocal left
+        sent.append(words["UploadId"])
+        if words["PartNumber"] == 2 and left:
+            left -= 1
             raise EndpointConnectionError(endpoint_url="http://away")
         return whole(**words)
 
-    monkeypatch.setattr(versioned._client, "upload_part", upload_part)
-    RetryingStore(versioned, sleep=lambda seconds: None).put("packs/a", [LARGE])
-    assert failed
-    assert versioned.get("packs/a") == LARGE
-    assert "Uploads" not in client.list_multipart_uploads(Bucket=versioned._bucket)
+    monkeypatch.setattr("remetal.storage.s3._PART_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(store._client, "upload_part", upload_part)
+    return sent
 
 
 def test_garbage_over_an_object_changes_nothing(client: Any, versioned: S3Store) -> None:

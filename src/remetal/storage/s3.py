@@ -15,6 +15,7 @@ markers that say it is deleted, change nothing. Objects below `locks/` come and 
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -50,6 +51,8 @@ _TIMEOUT, _CONNECT_TIMEOUT = timedelta(minutes=10), timedelta(seconds=20)
 """For one whole request: as long as 32 MiB take at half a megabit a second."""
 PART_SIZE = 8 << 20
 """Bytes above which an object goes in parts, and of each part; S3 wants 5 MiB at least."""
+_PART_PAUSES = (0.5, 2.0, 8.0)
+"""Seconds before a part is tried again."""
 _ABANDONED = timedelta(days=1)
 """Age at which an upload in parts that nobody has finished is dead; that of the server's clock."""
 _PROBE = ".remetal/conditional"
@@ -127,7 +130,7 @@ class S3Store:
             parts = []
             for number, start in enumerate(range(0, len(data), PART_SIZE), start=1):
                 body = data[start : start + PART_SIZE]
-                made = self._client.upload_part(**place, UploadId=upload, PartNumber=number, Body=body)
+                made = self._put_part(**place, UploadId=upload, PartNumber=number, Body=body)
                 parts.append({"ETag": made["ETag"], "PartNumber": number})
             done = self._client.complete_multipart_upload(
                 **place, UploadId=upload, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
@@ -137,6 +140,15 @@ class S3Store:
                 self._client.abort_multipart_upload(**place, UploadId=upload)
             raise
         return str(done.get("VersionId", ""))
+
+    def _put_part(self, **words: Any) -> Any:
+        """Upload one part, and where the line breaks once more, so that what went before it is not lost."""
+        for pause in _PART_PAUSES:
+            try:
+                return self._client.upload_part(**words)
+            except (botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError):
+                time.sleep(pause)
+        return self._client.upload_part(**words)
 
     def _need_conditional(self) -> None:
         """Raise RefusedError if the provider, or a proxy before it, creates an object over one that is there already.
@@ -188,7 +200,7 @@ class S3Store:
         with suppress(botocore.exceptions.ClientError):  # these credentials may not, or the provider cannot
             pages = self._client.get_paginator("list_multipart_uploads")
             for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix):
-                now = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
+                now = _server_time(page)
                 for row in page.get("Uploads", ()):
                     if row["Initiated"] < now - _ABANDONED:
                         self._client.abort_multipart_upload(
@@ -242,10 +254,10 @@ class S3Store:
         """Lock objects again for as long as the bucket locks new ones; see the contract."""
         with self._explained(""):
             self._open()
-            period = self._retention()
+            period, now = self._retention()
             if period is None:
                 return 0
-            now, kept = datetime.now(UTC), 0
+            kept = 0
             for name in names:
                 found = self._find_first(name)
                 if found is None:
@@ -393,17 +405,20 @@ class S3Store:
     def _taken(self, name: str) -> AlreadyExistsError:
         return AlreadyExistsError(f"{self._location} has an object '{name}' already")
 
-    def _retention(self) -> timedelta | None:
-        """Return for how long the bucket locks new objects in compliance mode; None if it does not."""
+    def _retention(self) -> tuple[timedelta | None, datetime]:
+        """Return for how long the bucket locks new objects in compliance mode, None if it does not; and its time now.
+
+        By our clock nothing is locked: a lock that is years too long could never be taken back.
+        """
         try:
-            found = self._client.get_object_lock_configuration(Bucket=self._bucket)["ObjectLockConfiguration"]
+            told = self._client.get_object_lock_configuration(Bucket=self._bucket)
         except botocore.exceptions.ClientError as error:
             if _code(error) in {"ObjectLockConfigurationNotFoundError", "NotImplemented", *_DENIED}:
-                return None
+                return None, datetime.min.replace(tzinfo=UTC)
             raise
-        rule = found.get("Rule", {}).get("DefaultRetention", {})
+        rule = told["ObjectLockConfiguration"].get("Rule", {}).get("DefaultRetention", {})
         days = rule.get("Days", 0) + 365 * rule.get("Years", 0)
-        return timedelta(days=days) if rule.get("Mode") == "COMPLIANCE" and days else None
+        return timedelta(days=days) if rule.get("Mode") == "COMPLIANCE" and days else None, _server_time(told)
 
     def _locked_until(self, place: dict[str, str]) -> datetime | None:
         try:
@@ -482,6 +497,11 @@ def _client_config() -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
+
+
+def _server_time(answer: Mapping[str, Any]) -> datetime:
+    """Return what the server's clock showed when it answered."""
+    return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
 
 
 def _code(error: botocore.exceptions.ClientError) -> str:

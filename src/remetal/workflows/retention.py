@@ -71,6 +71,7 @@ def forget_by_policy(
     with opened_repository(location, urgent=True) as repository:
         key = unlock(repository, secret)
         catalog = open_catalog(repository, key)
+        _need_known(policies, catalog)
         decided: list[Decided] = []
         for line in dict.fromkeys(find_line(each, catalog.retired) for each in find_machines(catalog, machine)):
             mine = [each for each in catalog.snapshots() if find_line(each.machine_id, catalog.retired) == line]
@@ -181,6 +182,29 @@ def find_machines(catalog: Catalog, wanted: str | None) -> list[str]:
         known = ", ".join(sorted(set(machines.values())))
         raise UsageError(f"there is no machine '{wanted}'", hint=f"The repository has: {known}." if known else "")
     return sorted(found, key=lambda each: (machines[each], each))
+
+
+def _need_known(policies: Policies, catalog: Catalog) -> None:
+    """Raise UsageError for a policy of no machine: whose name was mistyped there would have the default one.
+
+    DamagedError if it may be that of one that cannot be opened.
+    """
+    machines = {each.machine.id: each.machine.name for each in catalog.machines.values()}
+    lines = {find_line(each, catalog.retired) for each in machines} & machines.keys()
+    for wanted in policies.machines:
+        if not any(is_of_machine(wanted, machines[each], each) for each in lines):
+            if catalog.closed:
+                raise DamagedError(
+                    f"the policy of '{wanted}' is for none of the machines that can be opened: {catalog.closed[0]}",
+                    hint=HELP,
+                )
+            known = ", ".join(sorted({machines[each] for each in lines}))
+            raise UsageError(
+                f"there is a policy for a machine '{wanted}', which is not in the repository; nothing was forgotten",
+                hint=f"The repository has: {known}. One that took the place of another is named by its own name or id."
+                if known
+                else "The repository has no machine.",
+            )
 
 
 def _policy_of(policies: Policies, machine_id: str, name: str) -> Policy | None:
