@@ -8,17 +8,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
 import pytest
 
+from remetal.errors import RefusedError
 from remetal.repository.catalog import open_catalog
 from remetal.repository.check import check_repository
+from remetal.repository.copy import copy_repository
 from remetal.repository.machines import MachineKeys
 from remetal.repository.prune import prune_machine
 from remetal.repository.recipients import RecipientKey
+from remetal.repository.repair import accept_repair, repair_repository
 from remetal.repository.repository import (
     enroll_machine,
     init_repository,
@@ -26,6 +30,7 @@ from remetal.repository.repository import (
     open_repository,
     save_machine_keys,
     unlock_with_kit,
+    unlock_with_passphrase,
 )
 from remetal.storage import LocalStore
 from tests.faults.counting import Count, StartCount
@@ -35,20 +40,23 @@ _CHECKOUT = Path(__file__).parents[2]
 _COMMAND = """
 import os, signal, sys
 from pathlib import Path
-from remetal.repository import encoder, packs
+from remetal.repository import encoder, packs, slots
+from remetal.repository.copy import copy_repository
 from remetal.repository.forget import forget_snapshots
 from remetal.repository.catalog import open_catalog
 from remetal.repository.prune import prune_machine
 from remetal.repository.recipients import RecipientKey
-from remetal.repository.repository import load_machine_keys, open_repository
+from remetal.repository.repair import repair_repository
+from remetal.repository.repository import change_passphrase, init_repository, load_machine_keys, open_repository
 from remetal.repository.session import open_session
-from remetal.storage import local, open_store
+from remetal.storage import LocalStore, local, open_store
 from tests.repositories import batches_of
 
 work, root, state, image, seed, point = sys.argv[1:]
 packs.PACK_SIZE = 4 << 16
 encoder.PACKS_PER_INDEX = 2
 local._DIRECT = 1 << 16
+slots.MEMORY_KIB = 1 << 10
 store = open_store(root)
 repository = open_repository(store)
 keys = load_machine_keys(Path(state), repository)
@@ -77,8 +85,18 @@ if work == "backup":
     print(snapshot.id, flush=True)
 elif work == "forget":
     forget_snapshots(repository, key, [each.id for each in open_catalog(repository, key).snapshots()[:-2]])
-else:
+elif work == "prune":
     prune_machine(repository, key, keys.machine_id, grace=0, max_unused=0)
+elif work == "repair":
+    repair_repository(repository, key)
+elif work == "copy":
+    copy_repository(store, LocalStore(Path(image)), delete=True)
+elif work == "change-passphrase":
+    change_passphrase(repository, *image.split())
+elif work == "init":
+    init_repository(LocalStore(Path(image)), passphrase="p")
+else:
+    raise SystemExit(work)
 """
 
 
@@ -94,6 +112,8 @@ class Place:
         save_machine_keys(self.state, enroll_machine(repository, "web"))
         self.expected: dict[str, bytes] = {}
         self.killed = 0
+        self.returncode = 0
+        self.passphrase = "p"
 
     def site(self) -> Site:
         repository = open_repository(self.store)
@@ -103,9 +123,90 @@ class Place:
 
     def run(self, work: str, *, moment: float | None = None, point: int = 0) -> None:
         """Run a command, kill it after so many seconds or before so many system calls, and look at what is left."""
-        data = os.urandom(6 * CHUNK)
-        self.image.write_bytes(data)
-        argv = [sys.executable, "-c", _COMMAND, work, str(self.store.root), str(self.state), str(self.image)]
+        match work:
+            case "repair":
+                self.around_repair(moment, point)
+            case "copy":
+                self.around_copy(moment, point)
+            case "change-passphrase":
+                self.around_passphrase(moment, point)
+            case "init":
+                self.around_init(moment, point)
+            case _:
+                data = os.urandom(6 * CHUNK)
+                self.image.write_bytes(data)
+                said = self.kill(work, str(self.image), moment, point)
+                if said:
+                    self.expected[said] = data
+                with self.case(work, moment, point):
+                    self.need_sound(work, data)
+
+    def around_repair(self, moment: float | None, point: int) -> None:
+        """Damage a pack; whatever becomes of the repair, all comes back, and another one ends it."""
+        spoilt = max((path for path in (self.store.root / "packs").rglob("*") if path.is_file()), key=os.path.getsize)
+        data = bytearray(spoilt.read_bytes())
+        data[len(data) // 2] ^= 1
+        spoilt.write_bytes(data)
+        self.kill("repair", "", moment, point)
+        with self.case("repair", moment, point):
+            site = self.site()
+            for snapshot in open_catalog(site.repository, site.key).snapshots():
+                assert restore(site, snapshot) == self.expected[snapshot.id]
+            repair_repository(site.repository, site.key)
+            accept_repair(site.repository)
+            self.need_sound("repair", b"")
+
+    def around_copy(self, moment: float | None, point: int) -> None:
+        """Whatever becomes of a copy, another one ends it, and it is as good as what it was made of."""
+        target = self.state.parent / "copy"
+        self.kill("copy", str(target), moment, point)
+        with self.case("copy", moment, point):
+            self.need_sound("copy", b"")
+            store = LocalStore(target)
+            copy_repository(self.store, store, delete=True)
+            theirs = open_repository(store)
+            assert check_repository(theirs, keys=self.key, read_data=True).problems == []
+            found = open_catalog(theirs, self.key).snapshots()
+            assert {each.id for each in found} == self.expected.keys()
+
+    def around_passphrase(self, moment: float | None, point: int) -> None:
+        """The old or the new passphrase opens the repository, or both."""
+        old, new = self.passphrase, f"{self.passphrase}x"
+        self.kill("change-passphrase", f"{old} {new}", moment, point)
+        with self.case("change-passphrase", moment, point):
+            opened = [each for each in (old, new) if self.opens(each)]
+            assert opened, "nobody opens it any more"
+            self.passphrase = opened[-1]
+            self.need_sound("change-passphrase", b"")
+
+    def opens(self, passphrase: str) -> bool:
+        try:
+            return unlock_with_passphrase(open_repository(self.store), passphrase).id == self.key.id
+        except RefusedError:
+            return False
+
+    def around_init(self, moment: float | None, point: int) -> None:
+        """There is a repository then, or another init makes it."""
+        place = self.state.parent / f"new-{self.killed}-{self.count.cases}"
+        self.kill("init", str(place), moment, point)
+        with self.case("init", moment, point):
+            store = LocalStore(place)
+            try:
+                repository = open_repository(store)
+            except RefusedError:
+                repository, _ = init_repository(store, passphrase="p")
+            assert unlock_with_passphrase(repository, "p").id == repository.config.id
+            assert check_repository(repository, keys=None).problems == []
+
+    @contextmanager
+    def case(self, work: str, moment: float | None, point: int) -> Iterator[None]:
+        with self.count.case(f"{work}, {moment} s, point {point}", faults=int(self.returncode != 0)):
+            assert self.returncode in {0, -signal.SIGKILL}
+            yield
+
+    def kill(self, work: str, argument: str, moment: float | None, point: int) -> str:
+        """Run a command in a process that is killed, and return what it said."""
+        argv = [sys.executable, "-c", _COMMAND, work, str(self.store.root), str(self.state), argument]
         argv += [self.key.seed.hex(), str(point)]
         with subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=_CHECKOUT, text=True) as process:
             assert process.stdout is not None
@@ -114,13 +215,9 @@ class Place:
                 time.sleep(moment)
                 process.send_signal(signal.SIGKILL)
             said = process.stdout.read().strip()
-        killed = process.returncode == -signal.SIGKILL
-        self.killed += killed
-        if said:
-            self.expected[said] = data
-        with self.count.case(f"{work}, {moment} s, point {point}", faults=int(killed)):
-            assert killed or process.returncode == 0
-            self.need_sound(work, data)
+        self.returncode = process.returncode
+        self.killed += process.returncode == -signal.SIGKILL
+        return said
 
     def need_sound(self, work: str, data: bytes) -> None:
         site = self.site()
@@ -138,10 +235,13 @@ class Place:
 
 
 def campaign(folder: Path, kills: int, seed: int, counts: StartCount) -> None:
-    """Kill so many runs of backup, forget and prune, at random moments and before chosen system calls in turn."""
+    """Kill so many runs of the commands that write, at random moments and before chosen system calls in turn."""
     place = Place(folder, counts("kill -9"))
     moments = random.Random(seed)
-    works: Sequence[str] = ("backup", "backup", "prune", "backup", "forget", "prune")
+    works: Sequence[str] = (
+        *("backup", "backup", "prune", "repair", "backup", "copy", "forget"),
+        *("prune", "change-passphrase", "backup", "init", "repair", "copy"),
+    )
     for number in count():
         if place.killed == kills:
             break

@@ -185,9 +185,10 @@ class _Capture:
         Raises _CannotFollowError once all was stored that was in use at first, if that is not known.
         """
         spans = {name: each.span for name, each in self.read.items()}
-        if not all(can_track(span.path) for span in spans.values()):
+        untold = [name for name, span in spans.items() if not can_track(span.path)]
+        if untold:
             self._read_ahead()
-            raise _CannotFollowError("this kernel does not tell what is written")
+            raise _CannotFollowError(f"this kernel does not tell what is written to {', '.join(untold)}")
         with ExitStack() as stack:
             try:
                 tracker = stack.enter_context(tracked(spans, self._session.chunk_size))

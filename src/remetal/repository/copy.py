@@ -21,7 +21,7 @@ from remetal.events import Progress, Report, Step, silent
 from remetal.repository.catalog import entry_names, find_ledgers, read_entry, read_vouched
 from remetal.repository.chunks import find_packs
 from remetal.repository.cipher import digest
-from remetal.repository.config import Config, decode_config, encode_config, read_config
+from remetal.repository.config import Config, encode_config, read_config
 from remetal.repository.groups import GroupIndex
 from remetal.repository.history import is_gone, sequence_of
 from remetal.repository.ledgers import MAX_LEDGER, split_packs
@@ -105,7 +105,7 @@ def copy_repository(source: Store, target: Store, *, delete: bool = False, repor
 def _check_target(source: Store, target: Store, config: Config) -> bool:
     """Return whether the target has no config yet. Raises RefusedError if it holds another repository."""
     try:
-        there = target.get(CONFIG)
+        target.get(CONFIG, size=1)
     except NotFoundError:
         theirs = _sizes_by_name(target, ("",))
         ours = sum(size >= 0 for _, size in _with_sizes(source.entries(""), theirs)) if theirs else 0
@@ -114,7 +114,7 @@ def _check_target(source: Store, target: Store, config: Config) -> bool:
                 f"{target.location} holds something else already", hint="Choose an empty place for the copy."
             ) from None
         return True
-    if decode_config(there) != config:
+    if read_config(target) != config:
         raise RefusedError(
             f"{target.location} holds another repository than {source.location}",
             hint="A copy is the same repository in another place; choose an empty one.",

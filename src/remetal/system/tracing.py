@@ -211,8 +211,14 @@ def _mount() -> None:
 
 
 def _events_of(number: int) -> tuple[str, ...]:
-    """Return which events tell of a device, by its number; none is known of what is no disk, mapping or array."""
+    """Return which events tell of a device, by its number; none is known of what is no disk, mapping or array.
+
+    Nor of memory that programs write to by themselves (DAX), through a mapping or not.
+    """
     folder = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    with suppress(FileNotFoundError):
+        if (folder / "queue/dax").read_text().strip() == "1":
+            return ("unknown",)
     if (folder / "mq").is_dir():
         return _REQUESTS
     return _BIOS if (folder / "dm").is_dir() or (folder / "md").is_dir() else ("unknown",)
