@@ -243,6 +243,21 @@ def test_repairs_are_taken_back_one_after_the_other(site: Site) -> None:
         accept_repair(site.repository)
 
 
+def test_a_prune_since_then_keeps_a_repair_from_being_taken_back(site: Site) -> None:
+    """It may have condemned another pack with the same chunks, because the one that was rebuilt has them."""
+    (name, *_) = named(site, "packs/")
+    apply(site, name, None)
+    repair_repository(site.repository, None)
+    gone = backup(site, noise("not for long", 4))
+    forget_snapshots(site.repository, site.key, [gone.id])
+    prune_machine(site.repository, site.key, site.keys.machine_id)
+    before = dict(site.store.objects)
+    with pytest.raises(RefusedError, match="was pruned since the repair"):
+        undo_repair(site.repository, site.key)
+    assert same_but_for_locks(site, before)
+    assert accept_repair(site.repository) == 1
+
+
 def test_a_snapshot_that_relies_on_it_keeps_a_repair_from_being_taken_back(site: Site) -> None:
     (name, *_) = named(site, "packs/")
     apply(site, name, None)

@@ -273,9 +273,18 @@ def _touched(repair: Repair, machine_id: str) -> bool:
 
 
 def _need_unused(repository: Repository, key: RecipientKey | None, machine: MachineRecord, repair: Repair) -> None:
-    """Raise RefusedError if a snapshot that was made since the repair relies on what the repair added, or may do so."""
+    """Raise RefusedError if what was done since the repair relies on what the repair added, or may do so.
+
+    That is a snapshot, or a prune: of two packs with the same chunk it may have kept the one that was rebuilt.
+    """
     added = {name for name in repair.added() if name.startswith((pack_folder(machine.id), f"{INDEX}{machine.id}/"))}
-    since = _snapshots_since(repository, machine, repair.begin.heads.get(machine.id, 0))
+    head = repair.begin.heads.get(machine.id, 0)
+    since = _snapshots_since(repository, machine, head)
+    if added and _pruned_since(repository, machine, head):
+        raise RefusedError(
+            f"'{machine.name}' was pruned since the repair, which may have kept only what the repair added",
+            hint="The repair stays. Accept it: remetal repair --accept",
+        )
     if not added or not since:
         return
     if key is None:
@@ -295,6 +304,16 @@ def _need_unused(repository: Repository, key: RecipientKey | None, machine: Mach
                 f"snapshot {snapshot.id[:12]} of '{machine.name}', made since the repair, relies on what it added",
                 hint="The repair stays. To take it back all the same, forget that snapshot first: remetal forget.",
             )
+
+
+def _pruned_since(repository: Repository, machine: MachineRecord, head: int) -> bool:
+    """Whether anything was condemned or doomed after an entry of a machine's history, or that cannot be told."""
+    names = entry_names(repository, machine.id)
+    ledgers = find_ledgers(repository, machine, read_vouched(repository), names, [])
+    newest = ledgers.newest
+    if newest is None or newest.envelope.sequence <= head:
+        return not ledgers.certain
+    return bool(newest.body.doomed.packs) or any(each.since > head for each in newest.body.condemned)
 
 
 def _snapshots_since(repository: Repository, machine: MachineRecord, head: int) -> set[int]:
