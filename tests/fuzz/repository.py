@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from remetal.errors import DamagedError, RefusedError, UsageError
 from remetal.layout.record import ImpossibleLayoutError, decode_layout, encode_layout
+from remetal.repository import machines
 from remetal.repository.cipher import CipherError, digest, sign
 from remetal.repository.config import decode_config, encode_config
 from remetal.repository.history import LEDGER, SNAPSHOT, Envelope, entry_name, open_envelope, sequence_of
@@ -22,9 +23,9 @@ from remetal.repository.journal import TOUCHED, Repair
 from remetal.repository.kit import parse_kit
 from remetal.repository.ledgers import open_ledger
 from remetal.repository.locks import LockRecord
-from remetal.repository.machines import MachineRecord, MachineSecrets, check_machine
+from remetal.repository.machines import MachineRecord, MachineSecrets, check_machine, open_secrets, read_machines
 from remetal.repository.maps import PAGE_CHUNKS, PageBuilder, decode_page
-from remetal.repository.objects import REPAIRS, Record, decode_json, hash_in_name, put_named, split_lines
+from remetal.repository.objects import REPAIRS, SECRETS, Record, decode_json, hash_in_name, put_named, split_lines
 from remetal.repository.packs import FOOTER, ZSTD, Codec, PackOpener, open_pack, sealed_to
 from remetal.repository.parity import decode_head
 from remetal.repository.recipients import RecipientRecord, Revocation, check_recipient
@@ -229,6 +230,15 @@ def machine_record(record: MachineRecord) -> None:
     check_machine("x", record, record.repository)
 
 
+def machine_secrets(data: bytes) -> None:
+    """What is sealed to a recipient as a machine's secrets, whatever it is."""
+    store, key = MemoryStore(), site().key
+    (machine,) = read_machines(site().store, key.repository_id)[0]
+    sealed = key.kem.public.seal(machines._secrets_info(key.repository_id, machine.id, key.id), data)
+    put_named(store, f"{SECRETS}{machine.id}.{key.id}.", sealed)
+    open_secrets(store, machine, key)
+
+
 def parity_head(data: bytes) -> None:
     size, head = int.from_bytes(data[:8], "little"), data[8:]
     (name,) = _named("parity/")
@@ -289,6 +299,7 @@ TARGETS = [
     Target("revocation", strict(Revocation), _DAMAGED, lambda: [json.dumps(dict.fromkeys(_REVOCATION, "0")).encode()]),
     Target("lines", lines, _DAMAGED, stored("keys/machines/")),
     Target("retirement", strict(Retirement), _DAMAGED, lambda: [_RETIREMENT]),
+    Target("secrets", machine_secrets, _DAMAGED, lambda: [site().keys.domain.id_key + site().keys.domain.catalog_key]),
     Target("parity-head", parity_head, _DAMAGED, parity_heads),
     Target("repair-journal", journal, _DAMAGED, lambda: [_JOURNAL]),
     Target("lock", strict(LockRecord), _DAMAGED, lambda: [_LOCK]),

@@ -11,9 +11,9 @@ import argparse
 import base64
 import hashlib
 import os
-import subprocess
 import sys
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,30 +34,44 @@ def cache_folder() -> Path:
     return Path(os.environ.get("REMETAL_CACHE") or Path(__file__).parents[2] / ".cache") / "fuzz"
 
 
-def fuzz(name: str, seconds: int) -> None:
-    """Fuzz one target; the process ends with another code than 0 when something is found."""
+def fuzz(target: Target, seeds: Sequence[bytes], limits: Sequence[str]) -> None:
+    """Fuzz one target up to libFuzzer's limits; the process ends, with another code than 0 if something is found."""
     import atheris
 
-    with atheris.instrument_imports(include=["remetal"], enable_loader_override=False):
-        from tests.fuzz.targets import TARGETS
-    target = TARGETS[name]
-    folder = cache_folder() / name
+    folder = cache_folder() / target.name
     folder.mkdir(parents=True, exist_ok=True)
-    for number, seed in enumerate([*target.seeds(), *read_corpus(name)]):
+    for number, seed in enumerate(seeds):
         (folder / f"seed-{number}").write_bytes(seed)
 
     def meet(data: bytes) -> None:
         try:
             target.meet(data)
         except Exception:
-            (cache_folder() / f"{name}-{hashlib.sha256(data).hexdigest()[:16]}").write_bytes(data)
+            (cache_folder() / f"{target.name}-{hashlib.sha256(data).hexdigest()[:16]}").write_bytes(data)
             raise
 
-    limits = [f"-max_total_time={seconds}", f"-max_len={_LONGEST_INPUT}", "-timeout=10", "-rss_limit_mb=1024"]
-    found = f"-artifact_prefix={cache_folder()}/{name}-"
-    words = [*limits, found, "-verbosity=0", "-print_final_stats=1", str(folder)]
+    bounds = [f"-max_len={_LONGEST_INPUT}", "-timeout=10", "-rss_limit_mb=1024"]
+    found = f"-artifact_prefix={cache_folder()}/{target.name}-"
+    words = [*limits, *bounds, found, "-verbosity=0", "-print_final_stats=1", str(folder)]
     atheris.Setup([sys.argv[0], *words], meet)
     atheris.Fuzz()
+
+
+def fuzz_apart(target: Target, limits: Sequence[str]) -> tuple[int, str]:
+    """Fuzz one target in a process of its own, which has all that is instrumented; return its exit code and words."""
+    seeds = [*target.seeds(), *read_corpus(target.name)]
+    with tempfile.TemporaryFile() as said:
+        child = os.fork()
+        if not child:
+            os.dup2(said.fileno(), 1)
+            os.dup2(said.fileno(), 2)
+            try:
+                fuzz(target, seeds, limits)
+            finally:
+                os._exit(99)  # it has ended before
+        _, status = os.waitpid(child, 0)
+        said.seek(0)
+        return os.waitstatus_to_exitcode(status), said.read().decode("utf-8", "replace")
 
 
 def read_corpus(name: str) -> list[bytes]:
@@ -120,30 +134,30 @@ def steps_of(target: Target, data: bytes) -> Steps:
 
 
 def main() -> None:
-    """Fuzz the targets that are named, or all, each in a process of its own."""
+    """Fuzz the targets that are named, or all, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*")
-    parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--seconds", type=int, default=60, help="for each target")
+    parser.add_argument("--runs", type=int, help="instead, so many inputs for each target, the same each time")
     parser.add_argument("--keep", action="store_true", help="add what reaches something new to the corpus in the tree")
-    parser.add_argument("--here", action="store_true", help="fuzz one target in this very process")
     chosen = parser.parse_args()
-    if chosen.here:
-        fuzz(chosen.targets[0], chosen.seconds)
-        return
-    from tests.fuzz.targets import TARGETS
+    import atheris
+
+    with atheris.instrument_imports(include=["remetal"], enable_loader_override=False):
+        from tests.fuzz.targets import TARGETS
 
     broken = []
     for name in chosen.targets or list(TARGETS):
-        argv = [sys.executable, "-m", "tests.fuzz.run", "--here", "--seconds", str(chosen.seconds), name]
-        done = subprocess.run(argv, check=False, capture_output=True, text=True)
-        said = done.stderr + done.stdout
+        target = TARGETS[name]
+        limits = [f"-runs={chosen.runs}", "-seed=1"] if chosen.runs else [f"-max_total_time={chosen.seconds}"]
+        code, said = fuzz_apart(target, limits)
         runs = [line.split()[-1] for line in said.splitlines() if "number_of_executed_units" in line]
-        print(f"{name}: {runs[0] if runs else 'no'} inputs, {'fine' if done.returncode == 0 else 'BROKEN'}", flush=True)
-        if done.returncode:
+        print(f"{name}: {runs[0] if runs else 'no'} inputs, {'BROKEN' if code else 'fine'}", flush=True)
+        if code:
             print(said[-3000:], flush=True)
             broken.append(name)
         elif chosen.keep:
-            print(f"{name}: {keep(TARGETS[name])} inputs more are kept", flush=True)
+            print(f"{name}: {keep(target)} inputs more are kept", flush=True)
     if broken:
         sys.exit(f"{len(broken)} targets found something: {', '.join(broken)}; see {cache_folder()}")
 

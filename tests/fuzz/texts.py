@@ -21,6 +21,8 @@ from remetal.adapt.text import TextPlan
 from remetal.errors import DamagedError, RefusedError, UnavailableError, UsageError
 from remetal.image.extents import DoubtfulMapError, parse_ext_map, parse_xfs_map
 from remetal.image.ranges import Extents
+from remetal.layout.identity import parse_serial_page
+from remetal.layout.signatures import parse_signature
 from remetal.media.answer import merge_answer, parse_answer, parse_command_line, parse_place
 from remetal.media.volumes import parse_volumes
 from remetal.storage.http import HttpStore, find_name
@@ -122,6 +124,12 @@ def used_map(parse: Callable[[list[str]], Extents]) -> Callable[[bytes], None]:
     return run
 
 
+def signature(data: bytes) -> None:
+    found = parse_signature(data)
+    assert "\0" not in found.label
+    parse_serial_page(data)
+
+
 class _Answer:
     """What a web server answers, a piece at a time."""
 
@@ -156,6 +164,12 @@ TARGETS = [
     Target("cmdline", cmdline, (), lambda: [b'root=UUID=0 ro quiet "a b" remetal.map=a=b remetal.end=reboot']),
     Target(
         "spellings", spelled, (), lambda: [b"UUID=x", b"/dev/disk/by-id/ata-x-part1", b"usb:KEY/a", b"1.5GiB", b"12h"]
+    ),
+    Target(
+        "signature",
+        signature,
+        (),
+        lambda: [b"ID_FS_TYPE=ext4\nID_FS_LABEL_ENC=a\\x20b\nID_PART_TABLE_TYPE=gpt\n", b"\0\x80\0\4ABCD"],
     ),
     Target(
         "ext-map",
