@@ -53,6 +53,8 @@ from remetal.storage import Entry, NotFoundError, Store, UnreadableError
 AT_ONCE = 4
 """Objects under way at the same time; each may take 64 MiB."""
 _NAMES_AT_ONCE = 1 << 12
+_NEEDED = (*KEYS, PACKS, INDEX, MAPS)
+"""What a history relies on."""
 _Item = TypeVar("_Item")
 _PACK = re.compile(rf"{PACKS}([0-9a-f]{{32}})/[0-9a-f]{{2}}/[0-9a-f]{{64}}")
 _OWNER = re.compile(rf"{HISTORY}([0-9a-f]{{32}})/")
@@ -91,6 +93,7 @@ def copy_repository(source: Store, target: Store, *, delete: bool = False, repor
     ):
         report(Step(f"Copying {what}"))
         _copy_all(source, target, what, prefixes, result, rebuilding, report)
+    _copy_rest(source, target, result, rebuilding)
     report(Step("Copying histories"))
     _copy_history(repository, target, machines, history, result)
     if fresh:
@@ -98,7 +101,14 @@ def copy_repository(source: Store, target: Store, *, delete: bool = False, repor
         result.objects += 1
     if delete:
         report(Step("Deleting what is gone"))
-        _delete_gone(repository, target, machines.values(), result)
+        lacking = _count_lacking(source, target)
+        if lacking:
+            result.problems.append(
+                f"nothing was deleted at {target.location}, since {lacking} objects that {source.location} has are not "
+                "there: what is to go may be all that is left of them"
+            )
+        else:
+            _delete_gone(repository, target, machines.values(), result)
     return result
 
 
@@ -158,6 +168,26 @@ def _copy_all(
             result.objects += 1
             result.bytes += entry.size
         report(Progress(what, done, max(total, done, 1)))
+
+
+def _copy_rest(source: Store, target: Store, result: CopyResult, rebuilding: _Rebuilding) -> None:
+    """Look once more, and copy what the source did not list before: histories rely on all of it.
+
+    A ledger also says what is not to be relied on any more, of which the target may have nothing else.
+    """
+    rest = CopyResult()
+    _copy_all(source, target, "the rest", _NEEDED, rest, rebuilding, silent)
+    result.objects += rest.objects
+    result.bytes += rest.bytes
+    result.problems = list(dict.fromkeys([*result.problems, *rest.problems]))
+
+
+def _count_lacking(source: Store, target: Store) -> int:
+    """Return how many objects of the source are not at the target, because they are damaged."""
+    there = _sizes_by_name(target, _NEEDED)
+    entries = chain.from_iterable(source.entries(prefix) for prefix in _NEEDED)
+    named = (entry for entry in entries if hash_in_name(entry.name))
+    return sum(entry.size != size and is_there(source, entry.name) for entry, size in _with_sizes(named, there))
 
 
 def _sizes_by_name(store: Store, prefixes: Sequence[str]) -> NamedObjects:
