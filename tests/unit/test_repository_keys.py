@@ -112,6 +112,9 @@ def test_each_recipient_keeps_a_passphrase(site: Site) -> None:
     for passphrase in (PASSPHRASE, "escrow"):
         with pytest.raises(RefusedError, match="the only passphrase of recipient"):
             remove_passphrase(site.repository, passphrase)
+    assert len(remove_passphrase(site.repository, "escrow", even_last=True)) == 1
+    with pytest.raises(RefusedError, match="the repository's only passphrase"):
+        remove_passphrase(site.repository, PASSPHRASE, even_last=True)
     add_passphrase(site.repository, site.key, "second")
     assert len(remove_passphrase(site.repository, PASSPHRASE)) == 1
 

@@ -108,13 +108,24 @@ def change(
 
 
 @app.command(name="remove-passphrase")
-def remove(*, repo: Repo, credentials: Credentials = Credentials(), output: Output = Output()) -> None:
-    """Remove the passphrase that is given. A recipient's last one cannot be removed.
+def remove(
+    *,
+    repo: Repo,
+    even_last: Annotated[
+        bool,
+        Parameter(
+            negative=(), help="Remove it even if it is its recipient's last: only the recovery kit is left then."
+        ),
+    ] = False,
+    credentials: Credentials = Credentials(),
+    output: Output = Output(),
+) -> None:
+    """Remove the passphrase that is given. The repository's last one cannot be removed.
 
     Whoever kept a copy of the repository can still use the old passphrase on that copy.
     """
     with opened_repository(repo) as repository:
-        removed = remove_passphrase(repository, _passphrase(credentials))
+        removed = remove_passphrase(repository, _passphrase(credentials), even_last=even_last)
     print_result(output, {"removed": removed}, f"Removed passphrase {', '.join(short(slot) for slot in removed)}.")
 
 

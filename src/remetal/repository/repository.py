@@ -272,21 +272,27 @@ def add_passphrase(repository: Repository, key: RecipientKey, passphrase: str) -
     return put_slot(repository.store, key, passphrase, created=utc_now()).id
 
 
-def remove_passphrase(repository: Repository, passphrase: str) -> list[str]:
+def remove_passphrase(repository: Repository, passphrase: str, *, even_last: bool = False) -> list[str]:
     """Remove every slot that a passphrase opens and return their ids.
 
-    Raises RefusedError if it opens none, or if a recipient that counts would be left without one.
+    Raises RefusedError if it opens none, if no other passphrase would be left, and unless `even_last` if a recipient
+    that counts would be left without one.
     """
     slots, _ = read_slots(repository.store, repository.config.id)
     opened = [each for each in slots if try_slot(each.slot, passphrase) is not None]
     if not opened:
         raise RefusedError("the passphrase opens nothing in this repository", hint="List the keys: remetal key list")
+    if len(opened) == len(slots):
+        raise RefusedError(
+            "this is the repository's only passphrase", hint="Add another one first: remetal key add-passphrase"
+        )
     staying = {each.slot.recipient for each in slots if each not in opened}
-    for recipient in active_recipients(repository):
+    for recipient in () if even_last else active_recipients(repository):
         if recipient.id not in staying and any(each.slot.recipient == recipient.id for each in opened):
             raise RefusedError(
                 f"this is the only passphrase of recipient {recipient.id}",
-                hint="Add another one first (remetal key add-passphrase), or change it (change-passphrase).",
+                hint="Add another one first (remetal key add-passphrase), or change it (change-passphrase). If its "
+                "recovery kit is to be all that opens it from now on: --even-last.",
             )
     for each in opened:
         repository.store.delete(each.name)
