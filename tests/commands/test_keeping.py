@@ -94,7 +94,7 @@ def test_policies_of_machines(site: Site, disk: Path) -> None:
     assert tags(site) == ["t1", "t2", "d1"]
 
 
-def test_a_policy_of_no_machine_forgets_nothing(site: Site) -> None:
+def test_a_policy_of_no_machine_forgets_nothing(site: Site, disk: Path) -> None:
     """Who mistypes a name would else have the default policy for that machine."""
     before = tags(site)
     file = site.folder / "policies.toml"
