@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -38,6 +39,12 @@ from tests.repositories import CHUNK, Site, backup, make_site
 @pytest.fixture(scope="module")
 def site() -> Site:
     return make_site()
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let images be shown in a folder of the test's own, since others may show some at the same time."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 @contextmanager
@@ -216,17 +223,17 @@ def test_damage_is_an_error_for_the_reader_and_named_afterwards(tmp_path: Path) 
             mounted_image(reader, snapshot.images[0], kind="ext4", part="x"),
         ):
             raise AssertionError("a file system without its blocks cannot be mounted")
-    assert leftovers() == []
+    assert leftovers(tmp_path) == []
 
 
-def leftovers() -> list[str]:
-    """Return what is still mounted of images, loop devices over them, and threads that answer."""
-    mounts = [str(mount.target) for mount in probe_mounts() if "remetal-image-" in str(mount.target)]
-    loops = [line for line in program("losetup", "--list", "--noheadings").splitlines() if "remetal-image-" in line]
+def leftovers(folder: Path) -> list[str]:
+    """Return what is still mounted of images in a folder, loop devices over them, and our threads that answer."""
+    mounts = [str(mount.target) for mount in probe_mounts() if mount.target.is_relative_to(folder)]
+    loops = [line for line in program("losetup", "--list", "--noheadings").splitlines() if f"{folder}/remetal-" in line]
     return mounts + loops + [thread.name for thread in threading.enumerate() if thread.name == "fuse"]
 
 
-def test_an_error_leaves_nothing_behind(site: Site) -> None:
+def test_an_error_leaves_nothing_behind(site: Site, tmp_path: Path) -> None:
     left: list[tuple[Path, int]] = []
 
     def fail() -> None:
@@ -237,7 +244,7 @@ def test_an_error_leaves_nothing_behind(site: Site) -> None:
     with pytest.raises(ZeroDivisionError):
         fail()
     ((path, fd),) = left
-    assert leftovers() == []
+    assert leftovers(tmp_path) == []
     with pytest.raises(OSError, match=r"not connected|aborted|Input/output"):
         os.pread(fd, 4096, 0)
     with suppress(OSError):
@@ -278,9 +285,9 @@ def test_a_killed_process_leaves_nothing_behind(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         assert process.wait(20) == -signal.SIGKILL
     end = time.monotonic() + 20
-    while leftovers() and time.monotonic() < end:
+    while leftovers(tmp_path) and time.monotonic() < end:
         time.sleep(0.2)
-    assert leftovers() == []
+    assert leftovers(tmp_path) == []
 
 
 def test_silence_is_possible(site: Site) -> None:
