@@ -221,7 +221,7 @@ def _watching(opened: Sequence[int], read_only: int, limit: float) -> Iterator[t
         script = os.open(watchdog.__file__, os.O_RDONLY | os.O_CLOEXEC)
         alive, other = os.pipe()
         stack.callback(os.close, alive)
-        words = [f"/dev/fd/{script}", str(limit), str(read_only), *map(str, opened)]
+        words = [f"/proc/self/fd/{script}", str(limit), str(read_only), *map(str, opened)]
         try:
             dog = stack.enter_context(
                 converse([Path(sys.executable).resolve(), "-I", "-S", *words], pass_fds=[script, other, *opened])
