@@ -1,11 +1,12 @@
 """The process that lets go of file systems that are held still, whatever happens to the one that holds them.
 
-`python -I -S SCRIPT SECONDS COUNT FD…` has the file systems' folders open: first `COUNT` that are made read-only, then
-those that are frozen. It says `ready`, and then takes numbers of `NUMBER` bytes: how many of them are held or about to
-be, the first ones, or `LET_GO`. When that comes, or the one who asked is gone, it makes them writable again, thaws them,
-and ends. It says `held` if each of them was held until it was asked, or `lost` if somebody else had let go of one. When
-so many seconds are over since the first one was to be held, it does not wait to be asked: it says `expired`, lets go,
-and goes on letting go of what is held after that, since one that is just being frozen cannot be thawed yet.
+`python -I -S SCRIPT SECONDS COUNT FD…` has the file systems' folders open: first `COUNT` that are made
+read-only, then those that are frozen. It says `ready`, and then takes numbers of `NUMBER` bytes: how many of
+them are held or about to be, the first ones, or `LET_GO`. When that comes, or the one who asked is gone, it
+makes them writable again, thaws them, and ends. It says `held` if each of them was held until it was asked, or
+`lost` if somebody else had let go of one. When so many seconds are over since the first one was to be held, it
+does not wait to be asked: it says `expired`, lets go, and goes on letting go of what is held after that, since
+one that is just being frozen cannot be thawed yet.
 
 It imports nothing of remetal and writes to no file: it must not wait for a file system that it is there to let go.
 """
