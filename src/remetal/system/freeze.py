@@ -29,9 +29,9 @@ from pathlib import Path
 
 from remetal.errors import RefusedError, RemetalError, UnavailableError
 from remetal.system import watchdog
-from remetal.system.apart import set_apart
+from remetal.system.apart import outliving, set_apart
 from remetal.system.mounts import find_mount_of
-from remetal.system.run import Process, converse
+from remetal.system.run import Process
 
 _IN_MEMORY = (Path("/run"), Path("/dev/shm"))  # noqa: S108 - files without a name
 _LIBC = ctypes.CDLL(None)
@@ -218,17 +218,13 @@ def writing_in_memory() -> Iterator[None]:
 def _watching(opened: Sequence[int], read_only: int, limit: float) -> Iterator[tuple[Process, int]]:
     """Start the watchdog; yield it, and the end of a pipe of which it has the other one for as long as it lives."""
     with ExitStack() as stack:
-        script = os.open(watchdog.__file__, os.O_RDONLY | os.O_CLOEXEC)
         alive, other = os.pipe()
         stack.callback(os.close, alive)
-        words = [f"/proc/self/fd/{script}", str(limit), str(read_only), *map(str, opened)]
+        words = [str(limit), str(read_only), *map(str, opened)]
         try:
-            dog = stack.enter_context(
-                converse([Path(sys.executable).resolve(), "-I", "-S", *words], pass_fds=[script, other, *opened])
-            )
+            dog = stack.enter_context(outliving(watchdog.__file__, *words, pass_fds=[other, *opened]))
         finally:
             os.close(other)
-            os.close(script)
         set_apart(dog.pid)
         if _line(dog) != b"ready\n":
             raise RemetalError("what has to let the file systems go did not start; nothing was held")

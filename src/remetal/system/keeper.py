@@ -1,6 +1,6 @@
 """The process that keeps a promise if the one who gave it cannot: it runs programs when he is gone, or takes too long.
 
-`python -I -S keeper.py` gets a line of JSON: `wait`, in how many seconds it is time (or null), `limit`, how many
+`python -I -S SCRIPT` gets a line of JSON: `wait`, in how many seconds it is time (or null), `limit`, how many
 seconds each of the `commands` has, and their environment `env`. It says `ready`, and waits. A byte releases it. When
 the time is over, or who asked is gone, it runs the commands one after the other, whatever becomes of each, and says
 `kept`.
@@ -15,6 +15,7 @@ import os
 import select
 import signal
 import subprocess
+from pathlib import Path
 
 
 def is_released(wait: float | None) -> bool:
@@ -44,6 +45,8 @@ def main() -> None:
     """Wait, and do what was promised."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGTSTP):
         signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text("promise-keeper")  # `killall python3` does not mean it
     promise = json.loads(io.FileIO(0, closefd=False).readline())
     os.write(1, b"ready\n")
     if is_released(promise["wait"]):

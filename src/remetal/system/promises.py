@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import select
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 from remetal.errors import RemetalError
 from remetal.system import keeper
-from remetal.system.apart import set_apart
+from remetal.system.apart import outliving, set_apart
 from remetal.system.limited import own_environment
-from remetal.system.run import Argv, Process, converse, resolve_program
+from remetal.system.run import Argv, Process, resolve_program
 
 _PATIENCE = 10.0
 _RELEASED = b"."
@@ -50,7 +49,7 @@ def promised(
         "env": own_environment(env),
         "commands": [resolve_program(argv) for argv in commands],
     }
-    with converse([sys.executable, "-I", "-S", keeper.__file__]) as process:
+    with outliving(keeper.__file__) as process:
         set_apart(process.pid)
         assert process.stdin is not None
         assert process.stdout is not None

@@ -25,7 +25,6 @@ from pathlib import Path
 FIFREEZE, FITHAW = 0xC0045877, 0xC0045878  # <linux/fs.h>
 NUMBER, LET_GO = 4, 0xFFFFFFFF
 _MCL_CURRENT, _MCL_FUTURE = 1, 2  # <sys/mman.h>
-_PR_SET_NAME = 15  # <linux/prctl.h>
 _FSPICK, _FSCONFIG = 433, 431  # <asm-generic/unistd.h>
 _FSPICK_EMPTY_PATH, _SET_FLAG, _RECONFIGURE = 8, 0, 7  # <linux/mount.h>
 _AGAIN = 0.1
@@ -134,7 +133,8 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("-1000")
-    _LIBC.prctl(_PR_SET_NAME, b"thaw-watchdog")  # `killall python3` does not mean it
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text("thaw-watchdog")  # `killall python3` does not mean it
     _LIBC.mlockall(_MCL_CURRENT | _MCL_FUTURE)
     limit, first, *folders = float(sys.argv[1]), *(int(each) for each in sys.argv[2:])
     watch = Watch(limit, folders[:first], folders[first:])
