@@ -14,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 
 from remetal.applications.contract import Application, Moment, OnFailure, Phase
-from remetal.applications.trust import check_owner
-from remetal.errors import RefusedError, RemetalError
+from remetal.applications.trust import need_trusted
+from remetal.errors import RemetalError
 from remetal.events import Event, Note, Report, Step, Warn, silent
 
 
@@ -120,7 +120,8 @@ class Hooks:
     def _carry_out(self, hook: Hook, phase: Phase, report: Report) -> None:
         moment = Moment(phase, hook.limit, self._facts(phase), _teller(hook, report))
         try:
-            _check_trusted(hook)
+            for each in hook.trusted:  # once more: files may have come since
+                need_trusted(each)
             hook.application.carry_out(moment)
         except RemetalError as error:
             message = f"{hook.label} failed at {phase}: {error.message}"
@@ -141,15 +142,6 @@ class Hooks:
             if self.snapshot is not None:
                 facts["REMETAL_SNAPSHOT"] = self.snapshot
         return facts
-
-
-def _check_trusted(hook: Hook) -> None:
-    """Look once more who may change what is obeyed: files may have come since. Raises RefusedError."""
-    for each in hook.trusted:
-        try:
-            check_owner(each, missing=True)
-        except OSError as error:
-            raise RefusedError(f"cannot look at {each}: {error.strerror}") from error
 
 
 def _teller(hook: Hook, report: Report) -> Callable[[str], None]:

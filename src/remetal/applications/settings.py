@@ -13,7 +13,7 @@ from remetal.applications import APPLICATIONS
 from remetal.applications.contract import AnyKind, Kind, Settings
 from remetal.applications.hooks import Hook
 from remetal.applications.program import Program, ProgramSettings
-from remetal.applications.trust import check_owner
+from remetal.applications.trust import check_owner, need_trusted
 from remetal.errors import RefusedError, UsageError
 
 HOOKS = Path("/etc/remetal/hooks.toml")
@@ -83,8 +83,6 @@ def _check_trusted(where: str, path: Path) -> None:
     if not path.is_absolute():
         raise UsageError(f"{where}: '{path}' is no whole path", hint=f"Write it so: /PLACE/{path.name}.")
     try:
-        check_owner(path, missing=True)  # that is told when it is needed, and may be allowed
-    except OSError as error:
-        raise RefusedError(f"{where}: cannot look at {path}: {error.strerror}") from error
+        need_trusted(path)  # if it is missing that is told when it is needed, and may be allowed
     except RefusedError as error:
         raise RefusedError(f"{where}: {error.message}", hint=error.hint) from error

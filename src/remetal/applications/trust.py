@@ -28,6 +28,14 @@ def check_owner(path: Path, *, missing: bool = False) -> None:
             raise
 
 
+def need_trusted(path: Path) -> None:
+    """Raise RefusedError for what others may change, or may put there if it is missing, and for what cannot be told."""
+    try:
+        check_owner(path, missing=True)
+    except OSError as error:
+        raise RefusedError(f"cannot look at {path}: {error.strerror}") from error
+
+
 def _check(path: Path, place: Path) -> None:
     about = place.lstat()
     shared = stat.S_ISDIR(about.st_mode) and about.st_mode & stat.S_ISVTX

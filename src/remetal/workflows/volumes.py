@@ -82,10 +82,12 @@ class VolumeCapture:
         found: dict[SpaceId, tuple[Path, int]] = {}
         for volume in volumes:
             device = find_partition(self._span(volume))
-            written = probe_changed(device) if device is not None else 0
-            if device is not None and written is not None:
+            if device is None:
+                continue
+            written = probe_changed(device)
+            if written is not None:
                 found[volume] = device, written
-            elif device is not None:
+            else:
                 self.report(
                     Warn(
                         f"the kernel does not count what is written to {volume} ({device}), so it cannot be noticed if "
