@@ -213,30 +213,35 @@ def test_many_days_with_wrong_clocks(tmp_path: Path, counts: StartCount) -> None
     run_campaign(tmp_path, range(100, 300), counts)
 
 
-@pytest.mark.parametrize("wrong", [HOUR, -DECADE])
-def test_two_hosts_that_disagree_do_not_end_the_grace_period(wrong: float, counts: StartCount) -> None:
-    """A right clock and a wrong one in turn: what is condemned stays for half of its time at least."""
-    count = counts("wrong clocks, two in turn")
+@pytest.mark.parametrize(
+    "offsets",
+    [(0.0, HOUR), (0.0, -DECADE), (-DECADE, 0.0, DECADE), tuple(n * DECADE for n in range(-5, 6))],
+    ids=["an hour", "a decade", "three hosts", "eleven hosts"],
+)
+def test_hosts_that_disagree_do_not_end_the_grace_period(offsets: tuple[float, ...], counts: StartCount) -> None:
+    """Whoever looks, in whatever order: what is condemned stays until the time has passed on one and the same host."""
+    count = counts("hosts whose clocks disagree")
     site = make_site()
     made = [backup(site, noise(name, 2), workers=1) for name in ("old", "new")]
-    sky = Sky(hosts=[Host("right"), Host("wrong", wrong)])
+    sky = Sky(hosts=[Host(f"host {number}", offset) for number, offset in enumerate(offsets)])
     grace = 1000.0
 
-    def prune() -> int:
+    def prune(host: Host) -> int:
         before = len(list(site.store.entries("packs/")))
-        prune_machine(site.repository, site.key, site.keys.machine_id, grace=grace)
+        with sky.on(host):
+            prune_machine(site.repository, site.key, site.keys.machine_id, grace=grace)
         return before - len(list(site.store.entries("packs/")))
 
     with sky.on(sky.hosts[0]):
         forget_snapshots(site.repository, site.key, [made[0].id])
-    for turn in range(40):
+    rising = sorted(sky.hosts, key=lambda host: host.offset)
+    for turn in range(44):
         sky.true += 10
-        with sky.on(sky.hosts[turn % 2]), count.case(turn):
-            assert prune() == 0, "it was deleted before its time"
-    deleted: list[int] = []
-    for turn in range(40):
-        sky.true += 100
-        with sky.on(sky.hosts[turn // 20]):
-            deleted.append(prune())
-    assert sum(deleted) > 0
+        with count.case(turn):
+            assert prune(rising[turn % len(rising)]) == 0, "it was deleted before its time"
+            if turn % 11 == 10:
+                rising[0].boots, rising[0].booted = rising[0].boots + 1, sky.true
+    sky.true += grace
+    assert prune(Host("another one", 3 * DECADE)) == 0, "it was deleted by a host that has not seen it before"
+    assert prune(rising[-1]) > 0
     need_listed(site, {made[1].id: noise("new", 2)}, {})

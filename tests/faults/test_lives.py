@@ -157,8 +157,7 @@ class Life(RuleBasedStateMachine):
         self.damage: dict[str, bytes] = {}
         self.wall, self.uptime, self.boot = 1e9, 1e3, 0
         self.patch = pytest.MonkeyPatch()
-        for module in ("forget", "prune"):
-            self.patch.setattr(f"remetal.repository.{module}.witness_now", self.witness)
+        self.patch.setattr("remetal.repository.prune.witness_now", self.witness)
 
     def witness(self) -> Witness:
         return Witness(time=self.wall, host_id="h", boot_id=f"boot-{self.boot}", uptime=self.uptime)

@@ -67,8 +67,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in ("forget", "prune"):
-        monkeypatch.setattr(f"remetal.repository.{module}.witness_now", clock.now)
+    monkeypatch.setattr("remetal.repository.prune.witness_now", clock.now)
     return clock
 
 
@@ -716,7 +715,6 @@ def test_a_machine_cannot_forget(site: Site) -> None:
     """A ledger that is signed by the machine's own key is no ledger."""
     import zstandard
 
-    from remetal.repository.clocks import witness_now
     from remetal.repository.history import LEDGER, Gone, encode_clear, entry_name, sign_entry
     from remetal.repository.ledgers import NOTHING_DOOMED, LedgerBody
 
@@ -725,7 +723,6 @@ def test_a_machine_cannot_forget(site: Site) -> None:
     body = LedgerBody(
         time="t",
         version="v",
-        witness=witness_now(),
         gone=(Gone(first=1, last=1, previous="", id=one.id),),
         condemned=(),
         doomed=NOTHING_DOOMED,

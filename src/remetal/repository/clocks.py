@@ -1,18 +1,21 @@
 """How much time has surely passed between two moments, whatever the clocks say.
 
-A clock may be wrong by an hour or by ten years, jump ahead, or go backwards. What is to wait for a time is therefore
-told by witnesses: as long as a host is not booted again its uptime is trusted; beyond that the difference of two
-clocks counts, but never as more than a part of the time to wait, and what one clock was ahead is taken back when the
-other is asked again. So a single wrong clock cannot end it, however often the two alternate; only a clock that jumps
-ahead in one boot after the other can.
+A clock may be wrong by an hour or by ten years, jump ahead, or go backwards, and no two hosts need to agree. So each
+host is a witness by itself: how long something has waited is told by what passed between two looks of one and the same
+host. As long as it is not booted again its uptime is trusted; beyond that the difference of its clock counts, but never
+as more than a part of the time to wait, and what it was ahead is taken back once it goes back. So however many clocks
+are wrong, none of them ends it; only one that jumps ahead in one boot after the other does.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from remetal.repository.objects import Record
+
+MAX_WITNESSES = 32
 
 
 class Witness(Record, frozen=True, kw_only=True):
@@ -22,6 +25,13 @@ class Witness(Record, frozen=True, kw_only=True):
     host_id: str
     boot_id: str
     uptime: float
+
+
+class Waited(Record, frozen=True, kw_only=True):
+    """What one host knows of how long something has waited: its last look, and the seconds that had surely passed."""
+
+    witness: Witness
+    age: float
 
 
 def witness_now() -> Witness:
@@ -35,7 +45,7 @@ def witness_now() -> Witness:
 
 
 def passed(before: Witness, after: Witness, most: float) -> float:
-    """Return how many seconds have surely passed.
+    """Return how many seconds have surely passed between two looks of one host.
 
     Where only the time of day tells, at most `most`; at least `-most` if it was earlier now than before: then some of
     what counted before was no time.
@@ -43,6 +53,21 @@ def passed(before: Witness, after: Witness, most: float) -> float:
     if before.boot_id and before.boot_id == after.boot_id:
         return max(after.uptime - before.uptime, 0.0)
     return min(max(after.time - before.time, -most), most)
+
+
+def waited_until(waited: Sequence[Waited], now: Witness, most: float) -> tuple[Waited, ...]:
+    """Return what hosts know of how long something has waited, once one of them has looked at it again.
+
+    A host that has not seen it before begins to wait. `most` as for `passed`; of many hosts those stay that know most.
+    """
+    own = next((each for each in waited if _is_same_host(each.witness, now)), None)
+    age = max(own.age + passed(own.witness, now, most), 0.0) if own is not None else 0.0
+    others = sorted((each for each in waited if each is not own), key=lambda each: each.age, reverse=True)
+    return (Waited(witness=now, age=age), *others[: MAX_WITNESSES - 1])
+
+
+def _is_same_host(one: Witness, other: Witness) -> bool:
+    return bool((one.boot_id and one.boot_id == other.boot_id) or (one.host_id and one.host_id == other.host_id))
 
 
 def read_text(path: str) -> str:

@@ -18,7 +18,6 @@ from remetal.repository.catalog import (
     read_vouched,
 )
 from remetal.repository.cipher import digest
-from remetal.repository.clocks import witness_now
 from remetal.repository.history import (
     LEDGER,
     Envelope,
@@ -140,7 +139,6 @@ def _body(history: History, decision: Decision) -> LedgerBody:
     return LedgerBody(
         time=utc_now(),
         version=__version__,
-        witness=witness_now(),
         gone=merge_gone([*history.ledgers.gone, *_new_gone(history.ledgers.newest, decision)]),
         condemned=decision.condemned,
         doomed=decision.doomed,

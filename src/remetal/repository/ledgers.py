@@ -10,7 +10,7 @@ import re
 from functools import cached_property
 from typing import NamedTuple
 
-from remetal.repository.clocks import Witness
+from remetal.repository.clocks import MAX_WITNESSES, Waited
 from remetal.repository.history import (
     LEDGER,
     MAX_ENTRIES,
@@ -39,14 +39,18 @@ _CONDEMNABLE = re.compile(rf"(({INDEX}|{MAPS})[0-9a-f]{{32}}/|{PARITY}[0-9a-f]{{
 class Condemned(Record, frozen=True, kw_only=True):
     """What one prune found that nothing needs: packs as their hashes one behind the other, other objects by name.
 
-    `since` is the number of the ledger that first said so, `age` how many seconds have surely passed from then to
-    the ledger that this stands in.
+    `since` is the number of the ledger that first said so, `waited` what hosts know of how long ago that was.
     """
 
     since: int
-    age: float
+    waited: tuple[Waited, ...]
     packs: bytes
     names: tuple[str, ...]
+
+    @property
+    def age(self) -> float:
+        """How many seconds have surely passed since then."""
+        return max((each.age for each in self.waited), default=0.0)
 
 
 class LedgerBody(Record, frozen=True, kw_only=True):
@@ -54,7 +58,6 @@ class LedgerBody(Record, frozen=True, kw_only=True):
 
     time: str
     version: str
-    witness: Witness
     gone: tuple[Gone, ...]
     condemned: tuple[Condemned, ...]
     doomed: Condemned
@@ -89,7 +92,7 @@ class Ledger:
         return _Refuse(packs, frozenset(name for group in groups for name in group.names))
 
 
-NOTHING_DOOMED = Condemned(since=0, age=0.0, packs=b"", names=())
+NOTHING_DOOMED = Condemned(since=0, waited=(), packs=b"", names=())
 
 
 def split_packs(packs: bytes) -> list[bytes]:
@@ -127,7 +130,8 @@ def open_ledger(envelope: Envelope, data: bytes) -> Ledger:
     check_moment(name, body.time)
     _check_gone(name, body.gone, envelope.sequence)
     for group in (*body.condemned, body.doomed):
-        if len(group.packs) % _HASH or not group.age >= 0 or not 0 <= group.since <= envelope.sequence:
+        impossible = len(group.waited) > MAX_WITNESSES or not all(each.age >= 0 for each in group.waited)
+        if impossible or len(group.packs) % _HASH or not 0 <= group.since <= envelope.sequence:
             raise damaged(name, "what it condemns is impossible")
         if not all(_CONDEMNABLE.fullmatch(each) and each.split("/")[1] == envelope.machine_id for each in group.names):
             raise damaged(name, "it condemns what is not the machine's")

@@ -19,7 +19,7 @@ from remetal.errors import DamagedError, UnavailableError
 from remetal.events import Note, Progress, Report, Step, Warn, silent
 from remetal.repository.catalog import History, MachineAccess, open_catalog, read_vouched
 from remetal.repository.chunks import find_packs
-from remetal.repository.clocks import passed, witness_now
+from remetal.repository.clocks import Waited, waited_until, witness_now
 from remetal.repository.forget import Decision, append_ledger, delete_gone, need_whole_history
 from remetal.repository.ledgers import NOTHING_DOOMED, Condemned, Ledger, split_packs
 from remetal.repository.locks import MachineLock, hold_machine
@@ -56,7 +56,7 @@ class PruneResult:
 
     `deleted` is gone, `retained` would be if the store did not protect it yet, `condemned` waits, and `rewritten` of
     the bytes that are condemned now were kept in new packs.
-    `grace_left` is how many seconds the first of what waits has to wait at least.
+    `grace_left` is how many seconds the first of what waits has to wait at least, as far as this host knows.
     """
 
     machine: str
@@ -150,7 +150,7 @@ class _Prune:
         going = found.dead | set(wasteful)
         self.result.rewritten_bytes = int(found.used[found.table.packs.numbers(wasteful)].sum(dtype=np.int64))
         self.result.kept_bytes = self.result.rewritten_bytes
-        self._account(found, Condemned(since=0, age=0.0, packs=b"".join(going), names=tuple(found.names)))
+        self._account(found, Condemned(since=0, waited=(), packs=b"".join(going), names=tuple(found.names)))
         return self.result
 
     def run(self) -> PruneResult:
@@ -175,7 +175,7 @@ class _Prune:
         packs, names = self.rewriting.rewrite(history, found, wasteful)
         self.result.rewritten_bytes = self.rewriting.rewritten_bytes
         self.result.kept_bytes = self.rewriting.kept_bytes
-        group = Condemned(since=0, age=0.0, packs=b"".join(sorted(packs)), names=tuple(sorted(names)))
+        group = Condemned(since=0, waited=(), packs=b"".join(sorted(packs)), names=tuple(sorted(names)))
         self._account(found, group)
         before = history.ledgers.newest
         looked_at = _Said.of(history)
@@ -281,13 +281,13 @@ class _Prune:
                 hint="Nothing is lost; run the prune again.",
             )
         moment, ledger = witness_now(), now.ledgers.newest
-        aged: list[Condemned] = []
-        if ledger is not None:
-            since = passed(ledger.body.witness, moment, self.grace / 2)
-            aged = [_without(each, found, max(each.age + since, 0.0)) for each in ledger.body.condemned]
+        before_now = ledger.body.condemned if ledger is not None else ()
+        aged = [_without(each, found, waited_until(each.waited, moment, self.grace / 2)) for each in before_now]
         if group.packs or group.names:
             number = now.envelopes[-1].sequence + 1 if now.envelopes else 1
-            aged.append(Condemned(since=number, age=0.0, packs=group.packs, names=group.names))
+            aged.append(
+                Condemned(since=number, waited=waited_until((), moment, 0.0), packs=group.packs, names=group.names)
+            )
         if found.rescued or found.rescued_names:
             self.report(
                 Warn(
@@ -297,7 +297,7 @@ class _Prune:
             )
         ripe = [each for each in aged if each.age >= self.grace]
         waiting = tuple(each for each in aged if each.age < self.grace and (each.packs or each.names))
-        self.result.grace_left = max((self.grace - each.age for each in waiting), default=0.0)
+        self.result.grace_left = min((self.grace - each.waited[0].age for each in waiting), default=0.0)
         retained = _group_of(self.retained)
         return Decision(condemned=waiting, doomed=_join([*ripe, *([retained] if self.retained else [])]))
 
@@ -308,17 +308,17 @@ class _Prune:
         self.result.condemned_objects = len(going) + len(group.names)
 
 
-def _without(group: Condemned, found: Needed, age: float) -> Condemned:
+def _without(group: Condemned, found: Needed, waited: tuple[Waited, ...]) -> Condemned:
     """Return what is left of a group once what is needed is taken out."""
     packs = [each for each in split_packs(group.packs) if each not in found.rescued]
     names = tuple(each for each in group.names if each not in found.rescued_names)
-    return Condemned(since=group.since, age=age, packs=b"".join(packs), names=names)
+    return Condemned(since=group.since, waited=waited, packs=b"".join(packs), names=names)
 
 
 def _group_of(names: Sequence[str]) -> Condemned:
     packs = [hash_in_name(name) or b"" for name in names if name.startswith(PACKS)]
     others = tuple(name for name in names if not name.startswith(PACKS))
-    return Condemned(since=0, age=0.0, packs=b"".join(packs), names=others)
+    return Condemned(since=0, waited=(), packs=b"".join(packs), names=others)
 
 
 def _join(groups: Sequence[Condemned]) -> Condemned:
@@ -326,7 +326,7 @@ def _join(groups: Sequence[Condemned]) -> Condemned:
         return NOTHING_DOOMED
     return Condemned(
         since=max(each.since for each in groups),
-        age=min(each.age for each in groups),
+        waited=(),
         packs=b"".join(each.packs for each in groups),
         names=tuple(sorted(name for each in groups for name in each.names)),  # deleted in this order: index first
     )

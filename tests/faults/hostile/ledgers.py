@@ -10,11 +10,11 @@ from tests.faults.hostile.case import NAMES, NUMBERS, Case, Lazy, made, squeeze
 from tests.faults.hostile.history import lying, zeros
 
 _WORDS = (("snapshots",), ("check",), ("prune", "--dry-run"))
-_NOTHING: dict[str, Any] = {"since": 0, "age": 0.0, "packs": b"", "names": []}
+_NOTHING: dict[str, Any] = {"since": 0, "waited": [], "packs": b"", "names": []}
+_WITNESS: dict[str, Any] = {"time": 0.0, "host_id": "", "boot_id": "", "uptime": 0.0}
 GOOD: dict[str, Any] = {
     "time": "2026-01-01T00:00:00Z",
     "version": "1",
-    "witness": {"time": 0.0, "host_id": "", "boot_id": "", "uptime": 0.0},
     "gone": [],
     "condemned": [],
     "doomed": _NOTHING,
@@ -72,7 +72,9 @@ CASES = [
     condemned("a million packs", packs=bytes(32_000_000), harmless=True),
     *(condemned(f"since {str(each)[:20]}", since=each, harmless=each in {0, 1}) for each in NUMBERS if each < 1 << 64),
     *(
-        condemned(f"of the age {each}", age=each, harmless=each > 0)
+        condemned(f"of the age {each}", waited=[{"witness": _WITNESS, "age": each}], harmless=each > 0)
         for each in (-1.0, float("nan"), float("inf"), 1e308)
     ),
+    condemned("33 witnesses", waited=[{"witness": _WITNESS, "age": 0.0}] * 33),
+    condemned("10^6 witnesses", waited=[{"witness": _WITNESS, "age": 0.0}] * 1_000_000),
 ]
