@@ -2,7 +2,7 @@
 
 Each stage is a function whose result is handed on; one bit of the result is flipped, of one call after the other. What
 is changed between two stages is the same as a result that is changed. The one result that cannot be looked at is that
-of sealing a pack's key: only the recipients can open it. From there on it is watched like everything else.
+of sealing a key: only the recipients can open it. So it is done twice, and one of them may be wrong without any loss.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from remetal.repository import (
     snapshots,
 )
 from remetal.repository.catalog import open_catalog
+from remetal.repository.cipher import SEALS, KemPublic
 from remetal.repository.forget import forget_snapshots
 from remetal.repository.objects import put_named
 from remetal.repository.packs import Codec, Contents, Pack, PackBuilder
@@ -297,6 +298,12 @@ def of_set_aside(patch: pytest.MonkeyPatch, bits: Bits) -> None:
     patch.setattr(journal, "put_named", lambda store, prefix, data: put_named(store, prefix, bits.pass_on(data)))
 
 
+def of_sealing(patch: pytest.MonkeyPatch, bits: Bits) -> None:
+    """Flip bits in a key after it was handed over to be sealed."""
+    real = KemPublic.seal
+    patch.setattr(KemPublic, "seal", lambda self, info, data: real(self, info, bits.pass_on(data)))
+
+
 def _change(data: memoryview, bits: Bits) -> None:
     data[:] = bits.pass_on(bytes(data))
 
@@ -347,12 +354,13 @@ REPAIR_STAGES: dict[str, Callable[[pytest.MonkeyPatch, Bits], None]] = {
 }
 
 
-def _work(site: Site, report: Report = silent) -> dict[str, bytes]:
-    """Back up, forget and prune, so that packs and index objects are written anew."""
+def _work(site: Site, report: Report = silent, forgetting: Callable[[], None] = lambda: None) -> dict[str, bytes]:
+    """Back up, forget and prune, so that packs and index objects are written anew; tell before forgetting."""
     with open_session(site.repository, site.keys, workers=1, report=report) as work:
         write(work, _TWO)
         made = work.commit(layout=b"{}", hostname="web.example")
     old = next(iter(_snapshots(site) - {made.id}))
+    forgetting()
     forget_snapshots(site.repository, site.key, [old])
     prune_machine(site.repository, site.key, site.keys.machine_id, grace=0, max_unused=0)
     return {made.id: _TWO}
@@ -381,21 +389,60 @@ def _flip_once(start: World, stage: str, bits: Bits, count: Count) -> None:
     site = start.site.copy()
     made: dict[str, bytes] = {}
     events: list[Event] = []
-    told = False
+    told = forgetting = False
+
+    def note() -> None:
+        nonlocal forgetting
+        forgetting = True
+
     with pytest.MonkeyPatch.context() as patch:
         STAGES[stage](patch, bits)
         try:
-            made = _work(site, events.append)
+            made = _work(site, events.append, note)
         except RemetalError:
             told = True
     told = told or any(isinstance(each, Warn) and "miscalculates" in each.hint for each in events)
     with count.case((stage, bits.at)):
         assert bits.hits == 1
         first = next(iter(start.expected))
-        expected = dict(start.expected) if first in _snapshots(site) else {}
+        expected = {} if forgetting and first not in _snapshots(site) else dict(start.expected)
         need_sound(World(site, expected | made, {} if made else {"": _TWO}))  # untold, so it was without effect
     if told:
         count.told()
+
+
+SEALING: dict[str, Callable[[pytest.MonkeyPatch, Bits], None]] = {
+    "sealed key": result_of(KemPublic, "seal"),
+    "key that is being sealed": of_sealing,
+}
+
+
+@pytest.mark.parametrize("flips", [_FLIPS, pytest.param(100, marks=pytest.mark.faults)], ids=["some", "many"])
+@pytest.mark.parametrize("stage", SEALING)
+def test_a_key_that_was_sealed_badly_is_no_loss(stage: str, flips: int, counts: StartCount) -> None:
+    """Nobody but a recipient can look at it, so nobody is told: every snapshot and its machine's secrets open."""
+    count = counts("bad memory, " + stage)
+    with pytest.MonkeyPatch.context() as patch:
+        bits = Bits()
+        SEALING[stage](patch, bits)
+        expected = _enrol_and_work()[1]
+    assert bits.calls >= 2 * SEALS
+    for at in range(1, bits.calls + 1):
+        for seed in range(-(-flips // bits.calls)):
+            bits = Bits(at, seed)
+            with pytest.MonkeyPatch.context() as patch:
+                SEALING[stage](patch, bits)
+                site, expected = _enrol_and_work()
+            with count.case((stage, at, seed)):
+                assert bits.hits == 1
+                need_sound(World(site, expected, {}))
+
+
+def _enrol_and_work() -> tuple[Site, dict[str, bytes]]:
+    """Make a repository and a machine, back up twice, and prune."""
+    site = make_site()
+    backup(site, _ONE, workers=1)
+    return site, _work(site)
 
 
 @pytest.mark.parametrize("flips", [_FLIPS, pytest.param(100, marks=pytest.mark.faults)], ids=["some", "many"])

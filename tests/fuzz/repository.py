@@ -110,7 +110,7 @@ def contents(data: bytes) -> None:
     size, table, prologue = int.from_bytes(data[4:8], "little"), data[8:], b"prologue"
     context = prologue + b"T" + count.to_bytes(4, "little") + (len(table) + 16).to_bytes(4, "little")
     sealed = AESGCM(_KEY).encrypt(b"\0" * 8 + b"\xff" * 4, table, context)
-    opener = PackOpener(_NAME, "0" * 32, 1212, prologue, AESGCM(_KEY))
+    opener = PackOpener(_NAME, "0" * 32, 1212, prologue, (AESGCM(_KEY),))
     opener.open_contents(sealed + FOOTER.pack(count, len(sealed)), size)
 
 

@@ -2,7 +2,8 @@
 
     .venv/bin/python -m tests.golden.make
 
-`format-1.json` was written before snapshots told what was left out, `format-1-left-out.json` since. The result is one
+`format-1.json` was written before snapshots told what was left out and keys were sealed twice, `format-1-left-out.json`
+since. The result is one
 JSON file with every object in base64, and what it takes to read them.
 """
 

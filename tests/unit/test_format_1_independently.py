@@ -67,9 +67,9 @@ class Keys:
 
 
 def machine_secrets(keys: Keys, machine: dict[str, Any]) -> tuple[bytes, bytes]:
-    ((_, sealed),) = named(f"keys/secrets/{machine['id']}.{keys.id}.")
     info = f"remetal 1 machine secrets {_CONFIG['id']} {machine['id']} {keys.id}".encode()
-    plain = _SUITE.decrypt(sealed, keys.kem, info)
+    ((_, sealed),) = named(f"keys/secrets/{machine['id']}.{keys.id}.")
+    (plain,) = {_SUITE.decrypt(sealed[at : at + 1200], keys.kem, info) for at in range(0, len(sealed), 1200)}
     assert derive("machine secrets commitment", plain) == base64.b64decode(machine["commitment"])
     return plain[:32], plain[32:]
 
@@ -80,11 +80,11 @@ def read_packs(keys: Keys, id_key: bytes) -> dict[bytes, bytes]:
         assert data[:8] == b"RMTLP\x01\0\0"
         prologue = data[:60]
         (recipients,) = struct.unpack("<I", data[56:60])
-        wrapped = {
-            data[at : at + 16].hex(): data[at + 16 : at + 1184] for at in range(60, 60 + recipients * 1184, 1184)
-        }
+        wrapped = [data[at : at + 1184] for at in range(60, 60 + recipients * 1184, 1184)]
         info = b"remetal 1 pack key\0" + prologue + bytes.fromhex(keys.id)
-        cipher = AESGCM(_SUITE.decrypt(wrapped[keys.id], keys.kem, info))
+        opened = [_SUITE.decrypt(each[16:], keys.kem, info) for each in wrapped if each[:16].hex() == keys.id]
+        assert len(set(opened)) == 1
+        cipher = AESGCM(opened[0])
         count, size = struct.unpack("<II", data[-8:])
         aad = prologue + b"T" + struct.pack("<II", count, size)
         contents = cipher.decrypt((2**32 - 1).to_bytes(12, "big"), data[-8 - size : -8], aad)

@@ -26,6 +26,9 @@ SIV_SIZE = 16
 WRAPPING = 1120 + TAG_SIZE
 """What HPKE adds to a plaintext: the encapsulated key (ML-KEM-768 1088, X25519 32) and the tag."""
 
+SEALS = 2
+"""How often a key is sealed to each recipient: nobody else can look whether a sealing was done well."""
+
 _MLKEM_PUBLIC = 1184
 KEM_PUBLIC_SIZE = _MLKEM_PUBLIC + 32
 

@@ -13,6 +13,7 @@ import re
 import secrets
 import unicodedata
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import msgspec
 from remetal.errors import DamagedError, RefusedError, UsageError
 from remetal.repository.cipher import (
     KEY_SIZE,
+    SEALS,
     SIGNATURE_SIZE,
     WRAPPING,
     CipherError,
@@ -184,9 +186,12 @@ def check_machine_name(name: str) -> None:
 
 
 def seal_secrets(store: Store, domain: Domain, recipient: RecipientRecord, repository_id: str) -> None:
-    """Give a recipient access to a machine's catalog, and to the meaning of its chunk ids."""
+    """Give a recipient access to a machine's catalog, and to the meaning of its chunk ids.
+
+    It is done twice, since nobody but the recipient can look whether it was done well.
+    """
     info = _secrets_info(repository_id, domain.machine_id, recipient.id)
-    sealed = recipient.kem.seal(info, domain.id_key + domain.catalog_key)
+    sealed = b"".join(recipient.kem.seal(info, domain.id_key + domain.catalog_key) for _ in range(SEALS))
     put_named(store, f"{SECRETS}{domain.machine_id}.{recipient.id}.", sealed)
 
 
@@ -222,15 +227,19 @@ def find_secrets(store: Store, key: RecipientKey) -> dict[str, list[str]]:
 
 
 def _open_secrets(store: Store, name: str, machine: MachineRecord, key: RecipientKey) -> Domain:
-    sealed = get_named(store, name, 2 * KEY_SIZE + WRAPPING)
-    try:
-        plain = key.kem.open(_secrets_info(machine.repository, machine.id, key.id), sealed)
-    except CipherError as error:
-        raise damaged(name, "it does not open with the key it is made for") from error
-    domain = Domain(machine.id, plain[:KEY_SIZE], plain[KEY_SIZE:])
-    if len(plain) != 2 * KEY_SIZE or domain.commitment != machine.commitment:
-        raise damaged(name, f"it holds other secrets than machine '{machine.name}' has")
-    return domain
+    size = 2 * KEY_SIZE + WRAPPING
+    sealed = get_named(store, name, SEALS * size)
+    opened: list[Domain] = []
+    for start in range(0, len(sealed), size):
+        with suppress(CipherError):
+            plain = key.kem.open(_secrets_info(machine.repository, machine.id, key.id), sealed[start : start + size])
+            opened.append(Domain(machine.id, plain[:KEY_SIZE], plain[KEY_SIZE:]))
+    if not opened:
+        raise damaged(name, "it does not open with the key it is made for")
+    for domain in opened:
+        if domain.commitment == machine.commitment:
+            return domain
+    raise damaged(name, f"it holds other secrets than machine '{machine.name}' has")
 
 
 def read_machines(store: Store, repository_id: str) -> tuple[list[MachineRecord], list[str]]:

@@ -1,7 +1,7 @@
 """Packs: encrypted chunks, some 16 MiB of them in one object. Specification: docs/format/pack.md.
 
-    prologue  8 header, 16 repository, 16 machine, 16 random serial, u32 number of recipients
-    keys      per recipient: 16 id, 1168 the pack's key sealed by HPKE
+    prologue  8 header, 16 repository, 16 machine, 16 random serial, u32 number of sealed keys
+    keys      each: 16 id of a recipient, 1168 the pack's key sealed by HPKE; two for each recipient
     chunks    each AES-256-GCM under the pack's key, nonce = its ordinal
     contents  40 bytes per chunk, AES-256-GCM, nonce = 2^32 - 1
     footer    u32 number of chunks, u32 size of the sealed contents
@@ -16,6 +16,7 @@ import secrets
 import struct
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,7 +26,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from remetal.errors import DamagedError
-from remetal.repository.cipher import KEY_SIZE, TAG_SIZE, WRAPPING, CipherError, KemPublic, chunk_id, digest
+from remetal.repository.cipher import KEY_SIZE, SEALS, TAG_SIZE, WRAPPING, CipherError, KemPublic, chunk_id, digest
 from remetal.repository.config import MAX_CHUNK
 from remetal.repository.objects import HELP, damaged, header, miscalculated, pack_name, put_hashed
 from remetal.repository.recipients import MAX_RECIPIENTS, RecipientKey, RecipientRecord
@@ -43,6 +44,7 @@ ZSTD = 1 << 31
 PROLOGUE = struct.Struct("<8s16s16s16sI")
 FOOTER = struct.Struct("<II")
 _WRAPPED = 16 + KEY_SIZE + WRAPPING
+_MAX_WRAPPED = SEALS * MAX_RECIPIENTS
 _CHUNK = struct.Struct("<cI32sII")
 _CONTENTS = struct.Struct("<cII")
 _CONTENTS_NONCE = (0xFFFFFFFF).to_bytes(12, "big")
@@ -182,9 +184,10 @@ class PackBuilder:
         self._cipher = AESGCM(key)
         serial = secrets.token_bytes(16)
         ids = bytes.fromhex(repository_id), bytes.fromhex(machine_id)
-        self._expected = (header("pack"), *ids, serial, len(recipients))
+        self._expected = (header("pack"), *ids, serial, SEALS * len(recipients))
         self._prologue = PROLOGUE.pack(*self._expected)
-        start = b"".join([self._prologue, *(_wrap(key, each.kem, self._prologue, each.id) for each in recipients)])
+        sealed = (_wrap(key, each.kem, self._prologue, each.id) for each in recipients for _ in range(SEALS))
+        start = b"".join([self._prologue, *sealed])
         _need_same_key(key, self._cipher)
         self.buffer = aligned_buffer(pack_room()) if buffer is None else buffer
         self.buffer[: len(start)] = start
@@ -264,7 +267,7 @@ class PackBuilder:
 
     def _read_back(self, name: str, data: memoryview, codec: Codec) -> Contents:
         """Return what the index will say of a pack, after opening all of it as a restore would. Raises DamagedError."""
-        opener = PackOpener(name, "", self._start, self._prologue, self._cipher)
+        opener = PackOpener(name, "", self._start, self._prologue, (self._cipher,))
         contents = opener.open_contents(data, len(data))
         seal = digest(contents.entries.tobytes())
         if digest(data[: self._start]) != self._head or PROLOGUE.unpack(data[: PROLOGUE.size]) != self._expected:
@@ -289,13 +292,16 @@ class NotSealedError(DamagedError):
 
 @dataclass(frozen=True, slots=True)
 class PackOpener:
-    """What opens the chunks of one pack: its prologue and its key."""
+    """What opens the chunks of one pack: its prologue and its key.
+
+    There are several keys only where the machine that sealed it has miscalculated: then one of them is the right one.
+    """
 
     name: str
     machine_id: str
     start: int
     _prologue: bytes = field(repr=False)
-    _cipher: AESGCM = field(repr=False)
+    _ciphers: tuple[AESGCM, ...] = field(repr=False)
 
     def open_chunk(
         self, sealed: bytes | memoryview, ordinal: int, identity: bytes, word: int, plain: int, codec: Codec
@@ -303,7 +309,7 @@ class PackOpener:
         """Return a chunk's bytes after every check there is. Raises DamagedError."""
         nonce, context = _chunk_context(self._prologue, ordinal, identity, plain, word)
         try:
-            data = codec.decode(self._cipher.decrypt(nonce, sealed, context), word & ZSTD, plain)
+            data = codec.decode(self._decrypt(nonce, sealed, context), word & ZSTD, plain)
         except (InvalidTag, CipherError) as error:
             raise damaged(self.name, f"its chunk {ordinal} does not decode") from error
         if codec.identify(data) != identity:
@@ -318,7 +324,7 @@ class PackOpener:
         sealed = tail[-FOOTER.size - sealed_size : -FOOTER.size]
         context, _ = _contents_context(self._prologue, count)
         try:
-            plain = self._cipher.decrypt(_CONTENTS_NONCE, sealed, context)
+            plain = self._decrypt(_CONTENTS_NONCE, sealed, context)
         except InvalidTag as error:
             raise damaged(self.name, "its table of contents does not decode") from error
         entries = np.frombuffer(plain, ENTRY)
@@ -328,10 +334,17 @@ class PackOpener:
             raise damaged(self.name, "its table of contents does not cover its chunks")
         return Contents(bytes.fromhex(self.name[-64:]), size, self.start, entries)
 
+    def _decrypt(self, nonce: bytes, sealed: bytes | memoryview, context: bytes) -> bytes:
+        """Return what is sealed under the pack's key. Raises InvalidTag."""
+        for cipher in self._ciphers[:-1]:
+            with suppress(InvalidTag):
+                return cipher.decrypt(nonce, sealed, context)
+        return self._ciphers[-1].decrypt(nonce, sealed, context)
+
 
 def head_size() -> int:
     """Return how many bytes from a pack's start are enough to open it."""
-    return PROLOGUE.size + MAX_RECIPIENTS * _WRAPPED
+    return PROLOGUE.size + _MAX_WRAPPED * _WRAPPED
 
 
 def open_pack(name: str, head: bytes, key: RecipientKey) -> PackOpener:
@@ -343,31 +356,33 @@ def open_pack(name: str, head: bytes, key: RecipientKey) -> PackOpener:
         raise damaged(name, "it is too short for a pack")
     prologue = head[: PROLOGUE.size]
     magic, repository, machine, _, count = PROLOGUE.unpack(prologue)
-    if magic != header("pack") or repository.hex() != key.repository_id or not 1 <= count <= MAX_RECIPIENTS:
+    if magic != header("pack") or repository.hex() != key.repository_id or not 1 <= count <= _MAX_WRAPPED:
         raise damaged(name, "it is no pack of this repository")
     start = PROLOGUE.size + count * _WRAPPED
-    for position in range(PROLOGUE.size, start, _WRAPPED):
-        wrapped = head[position : position + _WRAPPED]
-        if wrapped[:16].hex() == key.id:
-            try:
-                pack_key = key.kem.open(_key_info(prologue, key.id), wrapped[16:])
-            except CipherError as error:
-                raise damaged(name, "its key does not open") from error
-            if len(pack_key) != KEY_SIZE:
-                raise damaged(name, "its key has the wrong length")
-            return PackOpener(name, machine.hex(), start, prologue, AESGCM(pack_key))
-    raise NotSealedError(
-        f"the object {name} is not sealed to the key {key.id}: it was written before that key was accepted", hint=HELP
-    )
+    sealed = [head[position : position + _WRAPPED] for position in range(PROLOGUE.size, start, _WRAPPED)]
+    own = [each[16:] for each in sealed if each[:16].hex() == key.id]
+    if not own:
+        raise NotSealedError(
+            f"the object {name} is not sealed to the key {key.id}: it was written before that key was accepted",
+            hint=HELP,
+        )
+    keys: dict[bytes, None] = {}
+    for each in own:
+        with suppress(CipherError):
+            keys[key.kem.open(_key_info(prologue, key.id), each)] = None
+    ciphers = tuple(AESGCM(each) for each in keys if len(each) == KEY_SIZE)
+    if not ciphers:
+        raise damaged(name, "its key does not open")
+    return PackOpener(name, machine.hex(), start, prologue, ciphers)
 
 
 def sealed_to(name: str, head: bytes) -> list[str]:
     """Return the ids of the recipients that a pack is sealed to, from its first bytes. Raises DamagedError."""
     count = PROLOGUE.unpack(head[: PROLOGUE.size])[4] if len(head) >= PROLOGUE.size else 0
     end = PROLOGUE.size + count * _WRAPPED
-    if not 1 <= count <= MAX_RECIPIENTS or len(head) < end:
+    if not 1 <= count <= _MAX_WRAPPED or len(head) < end:
         raise damaged(name, "it is no pack of this repository")
-    return [head[position : position + 16].hex() for position in range(PROLOGUE.size, end, _WRAPPED)]
+    return list(dict.fromkeys(head[at : at + 16].hex() for at in range(PROLOGUE.size, end, _WRAPPED)))
 
 
 def _need_same_key(key: bytes, cipher: AESGCM) -> None:
