@@ -21,14 +21,15 @@ from tests.faults.counting import Count
 from tests.repositories import MemoryStore, Site, backup, restore
 
 FAILURES = ("before", "torn", "after", "lost", "once-before", "once-after")
-LIES = ("empty", "stale", "truncated")
+LIES = ("empty", "stale", "truncated", "empty-on", "stale-on")
 MODES = (*FAILURES, *LIES)
 """How an operation fails.
 
 `before` and `after` it takes effect, and with it all that follow: the computer has died. `lost`: it is acknowledged and
 has no effect, and the computer dies. `torn`: half of a pack or of a page of a map arrives under its name, as no store
 that keeps its contract shows it, and the computer dies. `once-…`: it alone fails, and the work goes on as it will. The
-lies are no failures: a listing that shows nothing, or not what was made last; a read that ends early.
+lies are no failures: a listing that shows nothing, or not what was made last; a read that ends early. With `…-on` all
+further listings lie, too: they show nothing, or what was there by then.
 """
 
 
@@ -44,6 +45,7 @@ class FaultyStore(MemoryStore):
     mode: str = "before"
     count: int = 0
     torn: str = ""
+    frozen: dict[str, int] | None = None
 
     def _begin(self) -> bool:
         """Count an operation; return whether it is to have its effect. Raises FaultError if it is not even that."""
@@ -64,8 +66,10 @@ class FaultyStore(MemoryStore):
         if self.at and self.count == self.at and self.mode.endswith(("after", "torn")):
             raise FaultError("the store has done it, and says that it failed")
 
-    def _lies(self, *modes: str) -> bool:
-        return bool(self.at) and self.count == self.at and self.mode in modes
+    def _lies(self, mode: str) -> bool:
+        if not self.at or not self.mode.startswith(mode):
+            return False
+        return self.count >= self.at if self.mode.endswith("-on") else self.count == self.at
 
     def put(self, name: str, data: Pieces) -> None:
         if self._begin():
@@ -90,8 +94,10 @@ class FaultyStore(MemoryStore):
         if self._lies("empty"):
             found = []
         if self._lies("stale"):
-            newest = list(self.objects)[-len(self.objects) // 4 :]  # in the order in which they were made
-            found = [entry for entry in found if entry.name not in newest]
+            if self.frozen is None:
+                old = list(self.objects)[: -len(self.objects) // 4]  # in the order in which they were made
+                self.frozen = {name: len(self.objects[name]) for name in old}
+            found = [Entry(name, size) for name, size in self.frozen.items() if name.startswith(prefix)]
         yield from found
 
     def delete(self, name: str) -> None:

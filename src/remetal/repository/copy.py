@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import TypeVar
 
-from remetal.errors import DamagedError, RefusedError
+from remetal.errors import DamagedError, RefusedError, UnavailableError
 from remetal.events import Progress, Report, Step, silent
 from remetal.repository.catalog import entry_names, find_ledgers, read_entry, read_vouched
 from remetal.repository.chunks import find_packs
@@ -77,7 +77,8 @@ def copy_repository(source: Store, target: Store, *, delete: bool = False, repor
     `delete` also deletes at the target what the source's newest ledgers say is gone or doomed, parity that was
     replaced, and passphrases that were removed. Objects whose bytes are not what was written are told, and not copied,
     but for packs that parity can rebuild: those are whole at the target. Raises RefusedError if the target holds
-    another repository, DamagedError if the source's config or a machine's history is not readable.
+    another repository, DamagedError if the source's config or a machine's history is not readable, UnavailableError if
+    a store fails or does not list what it holds.
     """
     repository = Repository(source, read_config(source))
     fresh = _check_target(source, target, repository.config)
@@ -94,6 +95,7 @@ def copy_repository(source: Store, target: Store, *, delete: bool = False, repor
         report(Step(f"Copying {what}"))
         _copy_all(source, target, what, prefixes, result, rebuilding, report)
     _copy_rest(source, target, result, rebuilding)
+    _need_listed(source, history)
     report(Step("Copying histories"))
     _copy_history(repository, target, machines, history, result)
     if fresh:
@@ -102,6 +104,7 @@ def copy_repository(source: Store, target: Store, *, delete: bool = False, repor
     if delete:
         report(Step("Deleting what is gone"))
         lacking = _count_lacking(source, target)
+        _need_listed(source, history)
         if lacking:
             result.problems.append(
                 f"nothing was deleted at {target.location}, since {lacking} objects that {source.location} has are not "
@@ -180,6 +183,20 @@ def _copy_rest(source: Store, target: Store, result: CopyResult, rebuilding: _Re
     result.objects += rest.objects
     result.bytes += rest.bytes
     result.problems = list(dict.fromkeys([*result.problems, *rest.problems]))
+
+
+def _need_listed(source: Store, history: Sequence[Entry]) -> None:
+    """Raise UnavailableError if the source lists less than it did before, though nothing was deleted.
+
+    What it has listed meanwhile is not to be believed then: a history would be copied without what it relies on.
+    """
+    listed = {entry.name for entry in source.entries(HISTORY)}
+    hidden = next((each.name for each in history if each.name not in listed and is_there(source, each.name)), None)
+    if hidden is not None:
+        raise UnavailableError(
+            f"{source.location} lists less than it holds: {hidden} is there, and was listed before",
+            hint="Nothing is lost; run the copy again. If it comes again, go around the proxy or cache that answers.",
+        )
 
 
 def _count_lacking(source: Store, target: Store) -> int:
