@@ -55,7 +55,7 @@ fuzz: setup ## property tests with new examples; atheris on parsers of foreign b
 matrix: setup ## the combinations that make test leaves out, but for those of test-storage
 	@$(SUDO) $(BIN)/pytest -m matrix --deselect tests/storage/test_stacks.py::test_stack
 
-bench: setup ## capture and restore beside their peers, in one run
+bench: setup ## capture and restore beside their peers, and the memory of it, in one run (two hours); writes docs/explanation
 	@$(SUDO) $(BIN)/python -m bench
 
 docs: setup ## the command reference, from the commands themselves

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from bench.choices import measure_choices
+from bench.choices import measure_choices, measure_settings
 from bench.data import find_mixed, find_root
 from bench.limit import measure_parts
 from bench.page import write_page
@@ -60,6 +60,9 @@ def main() -> None:
         volumes = (find_root("ext4"), find_root("xfs"), find_mixed())
         record["parts"] = [asdict(measure_parts(each)) | {"data": each.name} for each in volumes]
         record["choices"] = [asdict(each) for each in measure_choices(volumes[0])]
+        with TemporaryDirectory(prefix="bench-", dir=cache_folder()) as folder:
+            settings = measure_settings(volumes[0], Path(folder), options.rounds)
+        record["settings"] = [asdict(each) for each in settings]
     (out / "results.json").write_text(json.dumps(record, indent=2) + "\n")
     if not options.only:
         print(f"written: {write_page(record)}")

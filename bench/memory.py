@@ -1,4 +1,4 @@
-"""How much memory remetal takes for a large volume: `python -m bench.memory`.
+"""How much memory remetal takes for a large volume: the last work of `make bench`, or `python -m bench.memory`.
 
 A sparse volume of 2 TiB holds an ext4 with 200 GiB in use: files that are allocated, and of which every chunk has one
 block that is like no other. So all chunks differ and all have to be read, hashed, stored and found, yet the disk that
@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
@@ -173,8 +174,33 @@ def learn(chunks: int) -> None:
     assert -1 not in table.packs_of(wanted), "the table lacks what it was told"
 
 
+def measure_memory(size: int = 2 * TIB, used: int = 200 * GIB, chunks: int = 20_000_000) -> dict[str, Any]:
+    """Run every command over a volume of `size` bytes and keep what they took under out/bench/; half an hour or more.
+
+    `chunks` are those of an index that is built by itself. Returns the record: greatest resident sizes in bytes, and
+    what is computed for 100 TiB.
+    """
+    print(f"==> An ext4 of {format_bytes(size)} with {format_bytes(used)} used, {os.cpu_count()} cores", flush=True)
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with disposable_folder(used // 25 + 2 * GIB) as folder:
+        rows, different = measure_commands(folder, size, used)
+    rows.append(measure_index(chunks))
+    record = {
+        "size": size,
+        "used": used,
+        "chunks": different,
+        "goal": GOAL,
+        "rows": [asdict(row) for row in rows],
+        "bound": bound(Case()),
+    }
+    out = Path("out/bench")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "memory.json").write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
 def main() -> None:
-    """Measure, print the table, and keep it as JSON under out/bench/."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=2 * TIB, help="bytes of the volume")
     parser.add_argument("--used", type=int, default=200 * GIB, help="bytes of it that are in use")
@@ -184,31 +210,15 @@ def main() -> None:
     if options.learn:
         learn(options.learn)
         return
-    print(f"==> An ext4 of {format_bytes(options.size)} with {format_bytes(options.used)} used, {os.cpu_count()} cores")
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    with disposable_folder(options.used // 25 + 2 * GIB) as folder:
-        rows, chunks = measure_commands(folder, options.size, options.used)
-    rows.append(measure_index(options.chunks))
-    case = Case(disk=100 * TIB, chunk_size=DEFAULT_CHUNK_SIZE, workers=os.cpu_count() or 1)
+    record = measure_memory(options.size, options.used, options.chunks)
     layout = "{:34} {:>10} {:>8} {:>9}"
     print("\n" + layout.format("work", "resident", "goal", "time"))
-    for row in rows:
-        print(layout.format(row.work, format_bytes(row.resident), format_bytes(GOAL), f"{row.seconds:.0f} s"))
-    for work, parts in bound(case).items():
+    for row in record["rows"]:
+        print(layout.format(row["work"], format_bytes(row["resident"]), format_bytes(GOAL), f"{row['seconds']:.0f} s"))
+    for work, parts in record["bound"].items():
         total = sum(parts.values())
         print(layout.format(f"{work}, 100 TiB, computed", format_bytes(total), format_bytes(GOAL), ""))
-    out = Path("out/bench")
-    out.mkdir(parents=True, exist_ok=True)
-    record = {
-        "size": options.size,
-        "used": options.used,
-        "chunks": chunks,
-        "goal": GOAL,
-        "rows": [asdict(row) for row in rows],
-        "bound": bound(case),
-    }
-    (out / "memory.json").write_text(json.dumps(record, indent=2) + "\n")
-    worst = max(row.resident for row in rows)
+    worst = max(row["resident"] for row in record["rows"])
     if worst > GOAL:
         sys.exit(f"{format_bytes(worst)} are more than {format_bytes(GOAL)}")
 

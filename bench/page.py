@@ -14,9 +14,12 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from lab import CHECKOUT
+from remetal.units import format_bytes
 
 PAGE = CHECKOUT / "docs" / "explanation" / "performance.md"
 PLOTS = PAGE.parent / "performance"
+MEMORY = PAGE.with_name("memory.md")
+_MEASURED = "<!-- measured by `make bench` -->"
 _REASONS = Path(__file__).with_name("reasons.md")
 
 pyplot.rcParams.update(
@@ -41,9 +44,20 @@ def write_page(record: Mapping[str, Any]) -> Path:
         f"{record['rounds']} rounds in which all took turns. A ratio is remetal's figure as a part of its peer's.\n\n"
     )
     ratios = "![remetal as a part of its peers](performance/ratios.svg)\n"
-    parts = [head, _table(record["findings"]), ratios, _limits(record), _REASONS.read_text()]
+    parts = [head, _table(record["findings"]), ratios, _limits(record), _REASONS.read_text(), _settings(record)]
     PAGE.write_text("\n".join(parts))
+    _write_memory([each for each in record["findings"] if each["work"].startswith("memory: ")])
     return PAGE
+
+
+def _write_memory(findings: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the table of what was measured in the page about memory."""
+    measured = [each for each in findings if "computed" not in each["data"]]
+    rows = [f"| {each['work'].removeprefix('memory: ')} | {each['ours']:.0f} MiB |" for each in measured]
+    table = "\n".join(["| work | greatest resident size |", "|---|---:|", *rows])
+    before, mark, rest = MEMORY.read_text().partition(_MEASURED)
+    after = rest[rest.index("\n\n", 2) :]
+    MEMORY.write_text(f"{before}{mark}\n\n{table}{after}")
 
 
 def _limits(record: Mapping[str, Any]) -> str:
@@ -61,6 +75,16 @@ def _limits(record: Mapping[str, Any]) -> str:
         found = captures[each["data"]]
         cells = [f"{seconds:.1f} s" for seconds in (four, five, found["ours"], found["theirs"])]
         rows.append(f"| {' | '.join([each['data'], *cells, format(four / found['theirs'], '.2f')])} |")
+    return "\n".join(rows) + "\n"
+
+
+def _settings(record: Mapping[str, Any]) -> str:
+    """Return what a full capture takes with other constants than ours."""
+    rows = ["| setting | value | full capture | repository | |", "|---|---:|---:|---:|---|"]
+    for each in record["settings"]:
+        value = format_bytes(each["value"]) if each["what"].startswith("bytes") else str(each["value"])
+        cells = [each["what"], value, f"{each['seconds']:.2f} s", format_bytes(each["stored"])]
+        rows.append(f"| {' | '.join(cells)} | {'ours' if each['default'] else ''} |")
     return "\n".join(rows) + "\n"
 
 

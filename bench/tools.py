@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.data import Volume, opened
@@ -38,17 +39,20 @@ class Remetal:
 
     name = "remetal"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, constants: Sequence[str] = (), chunk_size: int = 0) -> None:
+        """`constants` are settings of bench.varied, `chunk_size` is in bytes; by default all is as it is."""
         self.folder = folder / "remetal"
         self.repository = self.folder / "repository"
         self.secret = self.folder / "passphrase"
+        self._program = [sys.executable, "-m", "bench.varied", *constants, "--"] if constants else [REMETAL]
+        self._chunks = ("--chunk-size", str(chunk_size)) if chunk_size else ()
 
     def fresh(self) -> None:
         """Start from an empty repository and a machine that was never enrolled."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         self.secret.write_text(_PASSPHRASE + "\n")
-        self.call("init", "--passphrase-file", self.secret)
+        self.call("init", "--passphrase-file", self.secret, *self._chunks)
 
     def capture(self, disk: Path) -> None:
         """Back up a disk file."""
@@ -60,7 +64,7 @@ class Remetal:
 
     def call(self, *words: str | Path) -> None:
         """Run one command."""
-        run([REMETAL, *words, "--quiet"], env=self._environment())
+        run([*self._program, *words, "--quiet"], env=self._environment())
 
     def snapshots(self) -> None:
         """List what is there."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bench.data import Volume, find_mixed, find_noise, find_root
 from bench.limit import measure_parts, read_used, used_extents
+from bench.memory import measure_memory
 from bench.timing import Contender, Timing, median, pipe, run, time_in_turn
 from bench.tools import REMETAL, Borg, Fsarchiver, Partclone, Remetal, Restic, drop_caches, forget, size_of
 from remetal.units import MIB
@@ -253,6 +254,17 @@ def start(folder: Path, rounds: int) -> list[Finding]:
     ]
 
 
+def memory(folder: Path, rounds: int) -> list[Finding]:
+    """Carry a volume of 2 TiB, once: what each command takes at most, and what is computed for 100 TiB."""
+    record = measure_memory()
+    sizes = {(row["work"], "2 TiB, 200 GiB used"): row["resident"] for row in record["rows"]}
+    sizes |= {(work, "100 TiB, computed"): sum(parts.values()) for work, parts in record["bound"].items()}
+    return [
+        Finding(f"memory: {work}", data, "256 MiB", size / MIB, record["goal"] / MIB, 1.0, unit="MiB")
+        for (work, data), size in sizes.items()
+    ]
+
+
 WORKS: dict[str, Callable[[Path, int], list[Finding]]] = {
     "capture": capture,
     "again": again,
@@ -261,6 +273,7 @@ WORKS: dict[str, Callable[[Path, int], list[Finding]]] = {
     "cores": cores,
     "dense": dense,
     "start": start,
+    "memory": memory,
 }
 
 
