@@ -20,6 +20,8 @@ from remetal.repository.catalog import open_catalog
 from remetal.repository.check import check_repository
 from remetal.repository.copy import copy_repository
 from remetal.repository.machines import MachineKeys
+from remetal.repository.objects import is_there, pack_name
+from remetal.repository.parity import find_groups
 from remetal.repository.prune import prune_machine
 from remetal.repository.recipients import RecipientKey
 from remetal.repository.repair import accept_repair, repair_repository
@@ -28,6 +30,7 @@ from remetal.repository.repository import (
     init_repository,
     load_machine_keys,
     open_repository,
+    remove_passphrase,
     save_machine_keys,
     unlock_with_kit,
     unlock_with_passphrase,
@@ -114,6 +117,8 @@ class Place:
         self.killed = 0
         self.returncode = 0
         self.passphrase = "p"
+        first = os.urandom(2 * CHUNK)
+        self.expected[backup(self.site(), first, workers=1).id] = first
 
     def site(self) -> Site:
         repository = open_repository(self.store)
@@ -142,8 +147,10 @@ class Place:
                     self.need_sound(work, data)
 
     def around_repair(self, moment: float | None, point: int) -> None:
-        """Damage a pack; whatever becomes of the repair, all comes back, and another one ends it."""
-        spoilt = max((path for path in (self.store.root / "packs").rglob("*") if path.is_file()), key=os.path.getsize)
+        """Damage a pack that has parity; whatever becomes of the repair, all comes back, and another one ends it."""
+        machine = self.site().keys.machine_id
+        protected = [pack_name(machine, each) for group in find_groups(self.store, machine, []) for each in group.packs]
+        spoilt = max((self.store.root / name for name in protected if is_there(self.store, name)), key=os.path.getsize)
         data = bytearray(spoilt.read_bytes())
         data[len(data) // 2] ^= 1
         spoilt.write_bytes(data)
@@ -177,6 +184,8 @@ class Place:
             opened = [each for each in (old, new) if self.opens(each)]
             assert opened, "nobody opens it any more"
             self.passphrase = opened[-1]
+            if len(opened) > 1:
+                remove_passphrase(self.site().repository, old)  # as who repeats the command is told to
             self.need_sound("change-passphrase", b"")
 
     def opens(self, passphrase: str) -> bool:
