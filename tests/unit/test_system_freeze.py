@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from remetal.errors import RefusedError, UnavailableError
-from remetal.system import apart, freeze, watchdog
+from remetal.system import freeze, watchdog
 from remetal.system.blockdev import Span
 from remetal.system.freeze import held_still
 from remetal.system.loop import attach_loop
@@ -232,20 +232,6 @@ def test_who_watches_is_in_none_of_our_control_groups(folder: Path) -> None:
     with held_still([folder], limit=60) as held:
         groups = Path(f"/proc/{held._dog.pid}/cgroup").read_text().splitlines()
     assert groups[-1] == "0::/"
-
-
-@pytest.mark.parametrize(("unified", "roots"), [(True, ["."]), (False, ["freezer", "memory"])])
-def test_a_process_is_set_apart_in_every_hierarchy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, unified: bool, roots: list[str]
-) -> None:
-    for each in ("freezer", "memory"):  # in a unified hierarchy these are groups, not hierarchies
-        (tmp_path / each).mkdir()
-    if unified:
-        (tmp_path / "cgroup.controllers").touch()
-    monkeypatch.setattr(apart, "_CGROUPS", tmp_path)
-    apart.set_apart(4711)
-    written = {path.parent: path.read_text() for path in tmp_path.rglob("cgroup.procs")}
-    assert written == {tmp_path / each: "4711" for each in roots}
 
 
 def test_a_place_that_is_gone_is_told(folder: Path) -> None:

@@ -16,7 +16,6 @@ from remetal.system.run import (
     PACKAGES,
     ProgramFailedError,
     ProgramMissingError,
-    UnbrokenProgram,
     find_program,
     need_programs,
     run,
@@ -257,32 +256,3 @@ def test_a_program_dies_with_us() -> None:
         time.sleep(0.2)
         process.kill()
     assert ends(int(found[0]))
-
-
-def test_a_program_that_must_not_be_broken_outlives_us(tmp_path: Path) -> None:
-    go, done = tmp_path / "go", tmp_path / "done"
-    script = f"while [ ! -e {go} ]; do sleep 0.01; done; echo said; echo more >&2; touch {done}"
-    code = (
-        f"from remetal.system.run import UnbrokenProgram as P\nprint(P(['sh', '-c', {script!r}]).ends(0.1), flush=True)"
-    )
-    code += "\nimport time; time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"False\n"
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    go.touch()
-    deadline = time.monotonic() + 10
-    while not done.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert done.exists()
-
-
-def test_what_an_unbroken_program_says_is_told_if_it_fails() -> None:
-    program = UnbrokenProgram(["sh", "-c", "sleep 0.2; echo said; echo why >&2; exit 3"])
-    assert not program.ends(0.01)
-    with pytest.raises(ProgramFailedError, match="sh failed with exit code 3: said / why"):
-        program.ends(10)
-    assert UnbrokenProgram(["true"]).ends(10)
-    with pytest.raises(ProgramMissingError):
-        UnbrokenProgram(["no-such-program"])

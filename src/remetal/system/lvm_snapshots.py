@@ -6,8 +6,9 @@ itself stops.
 
 Taking one, and removing an ordinary one, suspends the volume for a moment, for which the kernel freezes its file
 system. An LVM that were ended within it would leave the volume suspended for ever, so it is not ended by us, nor with
-us. While it works other file systems may be frozen, perhaps the root: it must write nothing but its locks below /run,
-so it keeps no copies of its metadata, and tells dmeventd, syslog and D-Bus nothing.
+us, nor with what else is in our control groups. While it works other file systems may be frozen, perhaps the root: it
+must write nothing but its locks below /run, so it keeps no copies of its metadata, and tells dmeventd, syslog and D-Bus
+nothing.
 
 A thin snapshot is never activated by LVM, but mapped as LVM maps its hidden layers: udev makes no links to such, and
 those by UUID and label, which it shares with its volume, stay the volume's. An ordinary snapshot has them behind the
@@ -31,9 +32,10 @@ import msgspec
 
 from remetal.errors import RemetalError, UnavailableError
 from remetal.events import Note, Report, Warn
+from remetal.system.apart import UnbrokenProgram
 from remetal.system.locks import process_start
 from remetal.system.mapped import find_mapping, find_mappings, mapping_name, mapping_uuid
-from remetal.system.run import ProgramFailedError, UnbrokenProgram, find_program, run
+from remetal.system.run import ProgramFailedError, find_program, run
 from remetal.units import format_bytes
 
 PREFIX = "remetal-"

@@ -157,7 +157,7 @@ def run(
             stdin=subprocess.DEVNULL if input is None else None,
             capture_output=True,
             timeout=timeout,
-            env=_environment(env),
+            env=clean_environment(env),
             cwd=cwd,
             check=False,
             preexec_fn=die_with_parent,
@@ -187,7 +187,7 @@ def run_lines(argv: Argv, *, silent: bool = False) -> Generator[str, None, None]
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=_environment(None),
+                env=clean_environment(),
                 preexec_fn=die_with_parent,  # noqa: PLW1509 - one system call, whose function was loaded at import
             )
         except (OSError, ValueError) as error:
@@ -231,7 +231,7 @@ def start(
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=_environment(env),
+                env=clean_environment(env),
                 cwd=cwd,
                 pass_fds=pass_fds,
                 preexec_fn=partial(die_with_parent, orphaned),  # noqa: PLW1509 - one system call, loaded at import
@@ -265,7 +265,7 @@ def converse(argv: Argv, *, pass_fds: Sequence[int] = ()) -> Iterator[Process]:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
-            env=_environment(None),
+            env=clean_environment(),
             cwd="/",
             pass_fds=pass_fds,
             start_new_session=True,
@@ -284,46 +284,6 @@ def converse(argv: Argv, *, pass_fds: Sequence[int] = ()) -> Iterator[Process]:
                     f"{command[0]} ({process.pid}) does not end",
                     hint=f"See what it does: cat /proc/{process.pid}/stack",
                 )
-
-
-class UnbrokenProgram:
-    """A program that changes what must not stay half changed: nothing ends it, neither our end nor who interrupts us.
-
-    What it says goes to a file without a name, because a pipe would break with us. Raises ProgramMissingError, or
-    ProgramFailedError if it cannot be started.
-    """
-
-    def __init__(self, argv: Argv) -> None:
-        """Start it, in a session of its own."""
-        self._command = resolve_program(argv)
-        self._told = ""
-        self._said = tempfile.TemporaryFile(prefix="remetal-")  # noqa: SIM115 - for as long as the program runs
-        try:
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.DEVNULL,
-                stdout=self._said,
-                stderr=self._said,
-                env=_environment(None),
-                cwd="/",
-                start_new_session=True,
-            )
-        except (OSError, ValueError) as error:
-            self._said.close()
-            raise not_started(self._command, error) from error
-
-    def ends(self, timeout: float) -> bool:
-        """Wait for its end; return whether it came within `timeout` seconds. Raises ProgramFailedError if it failed."""
-        code = wait_for_end(self._process, timeout)
-        if code is None:
-            return False
-        if not self._said.closed:
-            with self._said:
-                self._said.seek(0)
-                self._told = self._said.read(_MAX_TOLD).decode("utf-8", "replace")
-        if code != 0:
-            raise ProgramFailedError(self._command, code, self._told)
-        return True
 
 
 def wait_for_end(process: Process, timeout: float) -> int | None:
@@ -375,6 +335,7 @@ def search_path() -> str:
     return os.pathsep.join(dict.fromkeys(folder for folder in folders if folder))
 
 
-def _environment(extra: Mapping[str, str] | None) -> dict[str, str]:
+def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return what a program finds in its environment: what it needs of ours, and `extra`."""
     kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
     return {"PATH": search_path(), "LC_ALL": "C.UTF-8", "LANG": "C.UTF-8", **kept, **(extra or {})}
