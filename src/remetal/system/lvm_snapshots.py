@@ -23,7 +23,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
@@ -163,19 +162,25 @@ class LvmSnapshot:
             self._fd = -1
         if self._taking is None:
             return
+        name = f"{self.origin.group}/{self.name}"
+        if not _is_over(self._taking):
+            report(
+                Warn(
+                    f"LVM is still taking the snapshot {name} of {self.origin}, and is not waited for any longer",
+                    hint=f"See what it waits for: ps -C lvm -o pid,stat,wchan:20,args. Once it has ended: lvremove "
+                    f"{name}; and if who writes to {self.origin} still waits then: dmsetup resume "
+                    f"{_mapping(self.origin.group, self.origin.name)}.",
+                )
+            )
+            return
+        self._taking = None
         try:
-            with suppress(ProgramFailedError):
-                self._taking.ends(_PATIENCE)
             if _rows(f"lv_name={self.name}", self.origin.group):
                 _remove(self.origin.group, self.name)
         except ProgramFailedError as error:
             report(
-                Warn(
-                    f"the LVM snapshot {self.origin.group}/{self.name} was not removed: {error.message}",
-                    hint=f"Remove it: lvremove {self.origin.group}/{self.name}",
-                )
+                Warn(f"the LVM snapshot {name} was not removed: {error.message}", hint=f"Remove it: lvremove {name}")
             )
-        self._taking = None
 
 
 def probe_origins(devices: Iterable[Path]) -> dict[Path, Origin]:
@@ -196,7 +201,17 @@ def remove_left_behind(report: Report) -> None:
     """Remove the snapshots that backups left which were killed."""
     if find_program("lvm") is None or next(find_mappings("LVM-"), None) is None:
         return
-    for row in _rows(f"lv_name=~^{PREFIX}"):
+    try:
+        rows = _rows(f"lv_name=~^{PREFIX}")
+    except ProgramFailedError as error:
+        report(
+            Warn(
+                f"LVM does not tell whether a backup that was killed has left snapshots: {error.message}",
+                hint="See whether another LVM is still at work: ps -C lvm -o pid,stat,wchan:20,args.",
+            )
+        )
+        return
+    for row in rows:
         owner = _TAG.search(row["lv_tags"])
         if owner is None or process_start(int(owner[1])) in {int(owner[2]), None}:
             continue
@@ -253,12 +268,22 @@ def _remove(group: str, name: str) -> None:
         raise ProgramFailedError(command, 0, "", ending=f"does not end within {_PATIENCE:g} s")
 
 
+def _is_over(taking: UnbrokenProgram) -> bool:
+    """Whether LVM has ended, with a snapshot or without."""
+    try:
+        return taking.ends(_PATIENCE)
+    except ProgramFailedError:
+        return True
+
+
 def _rows(select: str = "", group: str = "") -> list[dict[str, str]]:
-    """Return what LVM tells of logical volumes, by `_FIELDS`; sizes in bytes."""
+    """Return what LVM tells of logical volumes, by `_FIELDS`; sizes in bytes.
+
+    Raises ProgramFailedError, also if it does not get to it because another LVM has the group's lock.
+    """
     words = ["--all", "--reportformat", "json", "--units", "b", "--nosuffix", "--options", _FIELDS]
-    told = run(
-        ["lvm", "lvs", "--config", _CONFIG, *words, *(["--select", select] if select else []), *filter(None, [group])]
-    )
+    which = [*(["--select", select] if select else []), *filter(None, [group])]
+    told = run(["lvm", "lvs", "--config", _CONFIG, *words, *which], timeout=_PATIENCE)
     return msgspec.json.decode(told.stdout, type=_Told).report[0].lv
 
 
