@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import stat
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import pytest
 from lab.disk import fresh_disk
 from lab.live import PAIRS, ROUNDS
 from remetal.errors import RefusedError, UnavailableError
+from remetal.events import Event, Step
 from remetal.image import live
 from remetal.image.extents import probe_used, probe_used_spanning
 from remetal.image.live import LiveVolume, Manner, Pause, capture_live
@@ -285,3 +287,52 @@ def test_what_cannot_be_frozen_is_refused(site: Site, tmp_path: Path) -> None:
         with pytest.raises(RefusedError, match="cannot be held still"):
             back_up(site, [*found, bad])
         (found[0].folder / "after").write_text("thawed")
+
+
+@pytest.mark.parametrize("when", ["before", "in", "after"])
+def test_a_disk_that_is_gone_is_no_refusal(site: Site, tmp_path: Path, when: str) -> None:
+    """Unplugged before it is held, in the first hold, or when all that was in use then is to be read."""
+    with volumes(tmp_path, "ext4", "ext4") as found:
+        node = tmp_path / "node"
+        os.mknod(node, 0o600 | stat.S_IFBLK, found[0].span.path.stat().st_rdev)
+        span = replace(found[0].span, path=node)
+
+        def unplug(moment: str) -> None:
+            if moment == when:
+                node.unlink()
+
+        def look() -> Extents:
+            unplug("in")
+            used = probe_used(span, "ext4", frozen=True)
+            unplug("after")
+            return used
+
+        def report(event: Event) -> None:
+            if isinstance(event, Step) and event.title.startswith("Holding"):
+                unplug("before")
+
+        gone = replace(found[0], span=span, look=look)
+        with (
+            open_session(site.repository, site.keys) as session,
+            pytest.raises(UnavailableError, match=r"disk0 cannot be reached any more: cannot open the disk .*/node"),
+        ):
+            capture_live(session, [gone, found[1]], Manner(60), report)
+        (found[1].folder / "after").write_text("thawed")
+    assert not [name for name in site.store.objects if name.startswith("history/")]
+
+
+def test_one_that_is_mounted_elsewhere_now_is_no_refusal(site: Site, tmp_path: Path) -> None:
+    with volumes(tmp_path, "ext4") as found:
+        place = tmp_path / "place"
+        place.mkdir()
+        subprocess.run(["mount", "--bind", found[0].folder, place], check=True)
+
+        def report(event: Event) -> None:
+            if isinstance(event, Step) and event.title.startswith("Holding"):
+                subprocess.run(["umount", place], check=True)
+
+        with (
+            open_session(site.repository, site.keys) as session,
+            pytest.raises(UnavailableError, match=r"disk0 is not mounted at .*/place any more"),
+        ):
+            capture_live(session, [replace(found[0], folder=place)], Manner(60), report)

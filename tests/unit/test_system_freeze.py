@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from remetal.errors import RefusedError, UnavailableError
+from remetal.errors import RefusedError, RemetalError, UnavailableError
 from remetal.system import freeze, watchdog
 from remetal.system.blockdev import Span
 from remetal.system.freeze import held_still
@@ -263,6 +263,25 @@ def test_a_kind_that_cannot_be_frozen_is_refused(other: Path) -> None:
     with pytest.raises(RefusedError, match="cannot be held still"), held_still([other, Path("/proc")], limit=60):
         pytest.fail("nothing freezes this")
     assert not is_frozen(other)
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.EIO, UnavailableError), (errno.EPERM, RefusedError)])
+def test_one_that_does_not_work_is_told(
+    folder: Path, other: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[RemetalError]
+) -> None:
+    """As one whose disk was unplugged."""
+    ioctl = fcntl.ioctl
+
+    def broken(fd: int, request: int, *rest: int) -> int:
+        if request == FIFREEZE and os.fstat(fd).st_dev == other.stat().st_dev:
+            raise OSError(number, os.strerror(number))
+        return ioctl(fd, request, *rest)
+
+    monkeypatch.setattr(fcntl, "ioctl", broken)
+    with pytest.raises(kind, match="cannot be held still"), held_still([folder, other], limit=60):
+        pytest.fail("it cannot be frozen")
+    monkeypatch.undo()
+    assert not is_frozen(folder)
 
 
 def test_what_fails_meanwhile_is_raised_and_nothing_stays_frozen(folder: Path) -> None:

@@ -27,12 +27,13 @@ from remetal.image.ahead import BLOCK, Ahead
 from remetal.image.capture import read_batches
 from remetal.image.ranges import Extent, Extents
 from remetal.pace import Pace
-from remetal.repository.session import Session
+from remetal.repository.session import Batch, Session
 from remetal.repository.snapshots import ImageRecord
 from remetal.system.blockdev import Span, flush_cache, probe_geometry
 from remetal.system.freeze import Held, held_still, sync_folders
 from remetal.system.memory import probe_available
 from remetal.system.priority import normal_priority
+from remetal.system.run import ProgramMissingError
 from remetal.system.tracing import WriteTracker, can_track, tracked
 from remetal.units import MIB, format_bytes
 
@@ -148,8 +149,8 @@ def capture_live(
 ) -> tuple[list[ImageRecord], Pause]:
     """Capture volumes whose file systems are mounted as they all are at one moment; return images and the pause.
 
-    Raises RefusedError if a file system cannot be held; UnavailableError if it would take longer than it may;
-    HookFailedError; and what the session raises. Nothing stays held, whatever happens.
+    Raises RefusedError if a file system cannot be held; UnavailableError if it would take longer than it may, or a disk
+    is gone; HookFailedError; and what the session raises. Nothing stays held, whatever happens.
     """
     capture = _Capture(session, {each.volume: _Reading(each, session.chunk_size) for each in volumes}, manner, report)
     try:
@@ -280,7 +281,8 @@ class _Capture:
         room = most - sum(len(buffer) for each in self.read.values() for buffer in each.held.values())
         if sum(read.extent(chunk).size for chunk in chunks) > room:
             raise _CannotFollowError(f"more than {format_bytes(most)} was written meanwhile")
-        return read.read(chunks, blocks)
+        with _still_there(read.volume):
+            return read.read(chunks, blocks)
 
     @contextmanager
     def _everything_held(self) -> Iterator[Held]:
@@ -297,22 +299,25 @@ class _Capture:
         return pause
 
     def _check_places(self) -> None:
-        """Raise UnavailableError if something else was held, because it is mounted there now."""
+        """Raise UnavailableError if a disk is gone, or something else was held, because it is mounted there now."""
         for each in self.read.values():
-            if each.volume.folder.stat().st_dev != each.device:
+            with _still_there(each.volume):
+                size = probe_geometry(each.span.path).size
+            if _device_at(each.volume.folder) != each.device:
                 raise UnavailableError(
                     f"{each.volume.volume} is not mounted at {each.volume.folder} any more",
                     hint="Nothing is kept of this backup; run it again.",
                 )
-            if probe_geometry(each.span.path).size != each.size:
+            if size != each.size:
                 raise UnavailableError(
                     f"{each.volume.volume} has another size now than when this backup began",
                     hint="Nothing is kept of this backup; run it again.",
                 )
 
     def _flush_caches(self) -> None:
-        for path in {each.span.path for each in self.read.values()}:
-            flush_cache(path)
+        for volume in {each.span.path: each.volume for each in self.read.values()}.values():
+            with _still_there(volume):
+                flush_cache(volume.span.path)
 
     def _every_folder(self) -> list[Path]:
         return [*self._folders(_KINDS), *self._manner.moment.places]
@@ -332,7 +337,7 @@ class _Capture:
             report=report,
         )
         with closing(batches):
-            self._session.store(read.volume.volume, read.span.size, batches, read.keep)
+            self._session.store(read.volume.volume, read.span.size, _reached(read.volume, batches), read.keep)
 
 
 def _look_at_all(read: Mapping[str, _Reading]) -> dict[str, Extents]:
@@ -342,9 +347,42 @@ def _look_at_all(read: Mapping[str, _Reading]) -> dict[str, Extents]:
     """
     pool = ThreadPoolExecutor(max(len(read), 1), thread_name_prefix="look")
     try:
-        return dict(zip(read, pool.map(lambda each: each.volume.look(), read.values()), strict=True))
+        return dict(zip(read, pool.map(lambda each: _look(each.volume), read.values()), strict=True))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _look(volume: LiveVolume) -> Extents:
+    with _still_there(volume):
+        return volume.look()
+
+
+def _reached(volume: LiveVolume, batches: Iterator[Batch]) -> Iterator[Batch]:
+    with _still_there(volume):
+        yield from batches
+
+
+@contextmanager
+def _still_there(volume: LiveVolume) -> Iterator[None]:
+    """Raise UnavailableError for a disk that cannot be opened any more: it could be when the backup began."""
+    try:
+        yield
+    except ProgramMissingError:
+        raise
+    except RefusedError as error:
+        raise UnavailableError(
+            f"{volume.volume} cannot be reached any more: {error.message}",
+            hint="See whether its disk is still there, and what the kernel says of it (dmesg). Nothing is kept of this "
+            "backup; run it again.",
+        ) from error
+
+
+def _device_at(folder: Path) -> int | None:
+    """Return the number of the file system at a folder, None if nothing can be found there."""
+    try:
+        return folder.stat().st_dev
+    except OSError:
+        return None
 
 
 def _taken(tracker: WriteTracker, *, still: bool = False, grain: int = 0) -> dict[str, set[int]]:

@@ -73,9 +73,9 @@ def held_still(folders: Sequence[Path], *, limit: float, read_only: Sequence[Pat
     """Hold the file systems that are mounted at folders still, for at most `limit` seconds.
 
     Those at `folders` are frozen; those at `read_only`, whose kinds cannot be, are made read-only before. Raises
-    RefusedError, with nothing left held, if one of them cannot be, or somebody else has frozen it; and UnavailableError
-    at the end of the block if they were not held until then: what was read in the block is then not of one moment.
-    Needs root.
+    RefusedError, with nothing left held, if one of them cannot be, or somebody else has frozen it, and UnavailableError
+    if one does not work; and that at the end of the block, too, if they were not held until then: what was read in the
+    block is then not of one moment. Needs root.
     """
     every = [*read_only, *folders]
     with ExitStack() as stack:
@@ -95,7 +95,7 @@ def held_still(folders: Sequence[Path], *, limit: float, read_only: Sequence[Pat
                     ours.count = count
                     try:
                         _hold(folder, fd, freeze=count > len(read_only))
-                    except RefusedError:
+                    except RemetalError:
                         ours.count = count - 1  # it is not ours to let go
                         _tell(dog, count - 1)
                         raise
@@ -178,16 +178,18 @@ def _hold(folder: Path, fd: int, *, freeze: bool) -> None:
         else:
             watchdog.reconfigure(fd, b"ro")
     except OSError as error:
+        if error.errno not in {errno.EBUSY, errno.EPERM, *_IMPOSSIBLE}:
+            raise UnavailableError(
+                f"the file system at {folder} does not work as it should, and cannot be held still ({error.strerror})",
+                hint=f"See what the kernel says of it (dmesg), and whether {folder} can be written to.",
+            ) from error
         why, hint = "its kind cannot be frozen", "Unmount it, or mount it read-only."
         if error.errno == errno.EBUSY and freeze:
             why, hint = "somebody has frozen it already", "If nobody is at it: fsfreeze --unfreeze PLACE."
         elif error.errno == errno.EBUSY:
             why, hint = "a file on it is open for writing", f"See who has it open: fuser -vm {folder}"
-        elif error.errno not in _IMPOSSIBLE:
-            why, hint = (
-                "it does not work as it should",
-                f"See what the kernel says of it (dmesg), and whether {folder} can be written to.",
-            )
+        elif error.errno == errno.EPERM:
+            why, hint = "nobody here may", "Run remetal as root, and on the machine itself, not in a container."
         raise RefusedError(
             f"the file system at {folder} cannot be held still: {why} ({error.strerror})", hint=hint
         ) from error
