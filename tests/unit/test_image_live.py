@@ -19,11 +19,12 @@ import pytest
 from lab.disk import fresh_disk
 from lab.live import PAIRS, ROUNDS
 from remetal.errors import RefusedError, UnavailableError
-from remetal.events import Event, Step
+from remetal.events import Event, Note, Step
 from remetal.image import live
 from remetal.image.extents import probe_used, probe_used_spanning
 from remetal.image.live import LiveVolume, Manner, Pause, capture_live
 from remetal.image.ranges import Extents
+from remetal.pace import Pace
 from remetal.repository.session import open_session
 from remetal.repository.snapshots import Snapshot
 from remetal.system import tracing
@@ -336,3 +337,42 @@ def test_one_that_is_mounted_elsewhere_now_is_no_refusal(site: Site, tmp_path: P
             pytest.raises(UnavailableError, match=r"disk0 is not mounted at .*/place any more"),
         ):
             capture_live(session, [replace(found[0], folder=place)], Manner(60), report)
+
+
+class Behind(Pace):
+    """A pace at which more is written than read: whenever anything is read at it, a whole file is written anew."""
+
+    def __init__(self, file: Path, size: int) -> None:
+        super().__init__(float("inf"))
+        self.file = file
+        self.size = size
+        self.paid = 0
+        file.write_bytes(bytes(size))
+
+    def pay(self, size: int) -> None:
+        self.paid += size
+        with self.file.open("r+b") as file:
+            file.write(os.urandom(self.size))
+            os.fsync(file.fileno())
+
+
+@pytest.mark.parametrize(("most", "hurried"), [(4 * MIB, True), (64 * MIB, False)])
+def test_who_reads_too_slowly_to_keep_up_hurries_only_if_it_is_too_much_for_the_memory(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, most: int, hurried: bool
+) -> None:
+    monkeypatch.setattr(live, "_FEW", MIB)
+    monkeypatch.setattr(live, "_MOST", most)
+    copies: Copies = {}
+    events: list[Event] = []
+    with volumes(tmp_path, "ext4") as found:
+        pace = Behind(found[0].folder / "log", 8 * MIB)
+        with open_session(site.repository, site.keys) as session:
+            volume = copied_while_frozen(found[0], copies)
+            _, pause = capture_live(session, [volume], Manner(60, pace=pace), events.append)
+            snapshot = session.commit(layout=b'{"version": 1}', hostname="web.example")
+    assert pace.paid > 0
+    assert pause.tracked, "nobody had to wait until all was read"
+    told = [each.text for each in events if isinstance(each, Note) and "as fast as it can be" in each.text]
+    assert len(told) == hurried
+    (copy, used), data = copies["disk0"], restored(site, snapshot)["disk0"]
+    assert [e for e in used if data[e.start : e.end] != copy[e.start : e.end]] == []

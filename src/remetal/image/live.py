@@ -51,7 +51,7 @@ _FEW = 32 * MIB
 """So little is read at once before the file systems are held still, without another round."""
 _MOST = 1024 * MIB
 """At most so much is held in memory of what is read."""
-_ROUNDS = 10
+_ROUNDS = 9
 _SHRINKING = 0.7
 """A round that leaves more than this part of what the one before left is the last: writing is as fast as reading."""
 
@@ -92,9 +92,9 @@ class Moment:
 class Manner:
     """How volumes in use are captured.
 
-    They are held still for at most `limit` seconds, of which `hooks` are told, and read at `pace` at most until then;
-    `moment` is taken meanwhile. `spools_wait` tells that the session's temporary files lie on one of them, so that
-    nothing can be stored until they are let go.
+    They are held still for at most `limit` seconds, of which `hooks` are told, and read at `pace` at most until then,
+    if that keeps up with what is written; `moment` is taken meanwhile. `spools_wait` tells that the session's temporary
+    files lie on one of them, so that nothing can be stored until they are let go.
     """
 
     limit: float
@@ -240,21 +240,39 @@ class _Capture:
                 self._store(each, each.hint, self._manner.pace, self._report)
 
     def _read_rounds(self, tracker: WriteTracker) -> dict[str, set[int]]:
-        """Read again what was written meanwhile, until it is little; return what is left."""
+        """Read again what was written meanwhile, until it is little; return what is left.
+
+        If that is too much for the memory because more is written than may be read, it is read as fast as can be.
+        """
+        left = self._read_rounds_at(self._manner.pace, tracker, _taken(tracker))
+        if self._manner.pace is not None and (size := self._size(left)) > _most_in_memory():
+            self._report(
+                Note(
+                    f"{format_bytes(size)} were written meanwhile, too much for the memory, because so little is read "
+                    "a second; so what is left is read as fast as it can be"
+                )
+            )
+            left = self._read_rounds_at(None, tracker, left)
+        return left
+
+    def _read_rounds_at(
+        self, pace: Pace | None, tracker: WriteTracker, written: dict[str, set[int]]
+    ) -> dict[str, set[int]]:
         before = float("inf")
-        for number in range(_ROUNDS):
-            written = _taken(tracker)
-            size = sum(map(len, written.values())) * self._session.chunk_size
-            if size <= _FEW or size > _SHRINKING * before or number == _ROUNDS - 1:
-                return written
+        for _ in range(_ROUNDS):
+            size = self._size(written)
+            if size <= _FEW or size > _SHRINKING * before:
+                break
             self._report(Step(f"Reading {format_bytes(size)} again that were written meanwhile"))
             for name, chunks in written.items():
                 each = self.read[name]
-                extents = [each.extent(chunk) for chunk in sorted(chunks)]
-                self._store(each, extents, self._manner.pace, self._report)
+                self._store(each, [each.extent(chunk) for chunk in sorted(chunks)], pace, self._report)
                 each.whole |= chunks
-            before = size
-        raise AssertionError("the last round returns")
+            before, written = size, _taken(tracker)
+        return written
+
+    def _size(self, chunks: Mapping[str, set[int]]) -> int:
+        return sum(map(len, chunks.values())) * self._session.chunk_size
 
     def _read_into_memory(self, tracker: WriteTracker, left: Mapping[str, set[int]]) -> None:
         """Read the chunks that are left, and what syncing writes; of what is written after that, blocks are told.
@@ -277,7 +295,7 @@ class _Capture:
         return maps, self._pause(held, size, tracked=True)
 
     def _read_now(self, read: _Reading, chunks: set[int], blocks: Mapping[int, Sequence[int]]) -> int:
-        most = min(_MOST, probe_available() // 4)
+        most = _most_in_memory()
         room = most - sum(len(buffer) for each in self.read.values() for buffer in each.held.values())
         if sum(read.extent(chunk).size for chunk in chunks) > room:
             raise _CannotFollowError(f"more than {format_bytes(most)} was written meanwhile")
@@ -383,6 +401,11 @@ def _device_at(folder: Path) -> int | None:
         return folder.stat().st_dev
     except OSError:
         return None
+
+
+def _most_in_memory() -> int:
+    """Return how many bytes of what is read may be in memory."""
+    return min(_MOST, probe_available() // 4)
 
 
 def _taken(tracker: WriteTracker, *, still: bool = False, grain: int = 0) -> dict[str, set[int]]:
