@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from remetal.applications import APPLICATIONS
+from remetal.applications.contract import Moment
 from remetal.applications.hooks import Hook, HookFailedError, Hooks
 from remetal.applications.settings import read_hooks
 from remetal.errors import RefusedError, RemetalError, UsageError
@@ -219,6 +224,11 @@ def owned_by_another(path: Path) -> None:
     os.chown(path, 65534, 65534)
 
 
+def owned_by_root(path: Path) -> None:
+    os.chown(path, 0, 0)
+    path.chmod(0o755)
+
+
 def writable_by_a_group(path: Path) -> None:
     path.chmod(0o775)
 
@@ -289,6 +299,65 @@ def test_it_is_looked_at_again_when_it_is_to_run(told: Told) -> None:
     with pytest.raises(HookFailedError, match=r"would be obeyed as root, but .*/a belongs to user"):
         go_through(hooks)
     assert told.lines == []
+
+
+@pytest.mark.parametrize("spoil", [owned_by_another, writable_by_all])
+def test_one_that_others_may_change_by_then_is_run_by_nobody(told: Told, spoil: Callable[[Path], None]) -> None:
+    hooks = told.hooks(told.at("a"), told.at("b"))
+    with (
+        pytest.raises(HookFailedError, match=r"hook 1 \(a\) failed at after-thaw: .*would be obeyed as root"),
+        hooks.quiet([]),
+    ):
+        spoil(told.folder / "a")
+    owned_by_root(told.folder / "a")
+    del hooks
+    gc.collect()  # as when remetal ends
+    time.sleep(0.5)
+    assert told.lines == ["a before-freeze", "b before-freeze", "b after-thaw"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "runs"), [(owned_by_root, True), (owned_by_another, False), (writable_by_all, False)]
+)
+def test_neither_when_remetal_is_killed(told: Told, spoil: Callable[[Path], None], *, runs: bool) -> None:
+    told.hooks()
+    code = (
+        "import sys, time; from pathlib import Path; from remetal.applications.hooks import Hooks\n"
+        "from remetal.applications.settings import read_hooks\n"
+        "with Hooks(read_hooks(Path(sys.argv[1]))).quiet([]):\n    print('ready', flush=True); time.sleep(60)\n"
+    )
+    told.read(told.at("a"))
+    argv = [sys.executable, "-c", code, told.folder / "hooks.toml"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        spoil(told.folder / "a")
+        process.kill()
+    until = time.monotonic() + (10 if runs else 1)
+    while len(told.lines) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    assert told.lines == ["a before-freeze", *(["a after-thaw"] if runs else [])]
+
+
+def test_what_is_held_is_let_go_though_others_may_change_what_is_obeyed(told: Told) -> None:
+    """Which is not looked at again for it; and what comes of it is told beside the reason."""
+    moments = []
+
+    class Holding:
+        name, phases = "holding", ("before-freeze", "after-thaw")
+
+        def carry_out(self, moment: Moment) -> None:
+            moments.append((moment.phase, moment.obeys))
+            if not moment.obeys:
+                raise RemetalError("it was not held until the end")
+
+    secret = told.folder / "secret"
+    secret.touch()
+    hooks = Hooks([Hook(1, Holding(), 30, "end", (secret,))], report=told.events.append)
+    with pytest.raises(HookFailedError, match=r"failed at after-thaw: .*secret belongs to user"), hooks.quiet([]):
+        owned_by_another(secret)
+    assert moments == [("before-freeze", True), ("after-thaw", False)]
+    assert Note("hook 1 (holding): it was not held until the end") in told.events
 
 
 def test_a_file_in_a_folder_where_nobody_touches_what_others_own_is_obeyed(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from remetal.applications.contract import Moment, Phase
+from remetal.applications.hooks import Hook, HookFailedError, Hooks
 from remetal.applications.mariadb import Mariadb, MariadbSettings
 from remetal.errors import RemetalError
 from tests.databases import MariaServer, folder_of, running_mariadb
@@ -70,6 +71,16 @@ def test_a_lock_that_is_held_for_too_long_is_given_up_by_the_server_and_that_is_
         application.carry_out(at("after-thaw"))
     assert "limit = 60" in caught.value.hint
     application.carry_out(at("after-thaw"))
+
+
+def test_the_lock_is_given_up_though_others_may_change_its_options_by_now(server: MariaServer, tmp_path: Path) -> None:
+    options = tmp_path / "my.cnf"
+    options.write_text("[client]\n")
+    application = Mariadb(MariadbSettings(socket=str(server.socket), options=str(options)))
+    hooks = Hooks([Hook(1, application, 30, "end", (options,))])
+    with pytest.raises(HookFailedError, match=r"my\.cnf may be changed by others"), hooks.quiet([]):
+        options.chmod(0o666)
+    assert writes(server, "aria").wait(5) == 0
 
 
 def test_the_lock_goes_with_remetal(server: MariaServer, tmp_path: Path) -> None:

@@ -37,13 +37,15 @@ SettingsT = TypeVar("SettingsT", bound=Settings)
 class Moment:
     """A phase that has begun: how many seconds there are for it, and where lines go that are worth knowing.
 
-    `facts` is what there is to know of the backup, by the names that a program finds in its environment.
+    `facts` is what there is to know of the backup, by the names that a program finds in its environment. `obeys` is
+    whether files may still be obeyed; if not, what is held is let go without them.
     """
 
     phase: Phase
     limit: float
     facts: Mapping[str, str]
     tell: Callable[[str], None]
+    obeys: bool = True
     began: float = field(default_factory=time.monotonic)
 
     def left(self) -> float:
@@ -65,7 +67,8 @@ class Application(Protocol):
     def carry_out(self, moment: Moment) -> None:
         """Do what is to be done at one of its phases, within the moment's limit.
 
-        `after-thaw` is called whenever `before-freeze` was begun, even if that failed. Raises RemetalError.
+        `after-thaw` is called whenever `before-freeze` was begun, even if that failed; where others may change by now
+        what it would obey, with a moment that says so. Raises RemetalError.
         """
 
 

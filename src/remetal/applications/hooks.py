@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -120,9 +120,7 @@ class Hooks:
     def _carry_out(self, hook: Hook, phase: Phase, report: Report) -> None:
         moment = Moment(phase, hook.limit, self._facts(phase), _teller(hook, report))
         try:
-            for each in hook.trusted:  # once more: files may have come since
-                need_trusted(each)
-            hook.application.carry_out(moment)
+            _tell(hook, moment)
         except RemetalError as error:
             message = f"{hook.label} failed at {phase}: {error.message}"
             if hook.on_failure == "continue":
@@ -142,6 +140,21 @@ class Hooks:
             if self.snapshot is not None:
                 facts["REMETAL_SNAPSHOT"] = self.snapshot
         return facts
+
+
+def _tell(hook: Hook, moment: Moment) -> None:
+    """Tell an application of a phase. Raises RemetalError, also if others may change what it obeys."""
+    try:
+        for each in hook.trusted:  # once more: files may have come since
+            need_trusted(each)
+    except RemetalError:
+        if moment.phase == "after-thaw":
+            try:
+                hook.application.carry_out(replace(moment, obeys=False))
+            except RemetalError as error:
+                moment.tell(error.message)
+        raise
+    hook.application.carry_out(moment)
 
 
 def _teller(hook: Hook, report: Report) -> Callable[[str], None]:

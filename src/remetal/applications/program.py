@@ -38,16 +38,21 @@ class Program:
         self._promise: Promise | None = None
 
     def carry_out(self, moment: Moment) -> None:
-        """Run the program to its end; what it prints is told, up to 20 lines."""
+        """Run the program to its end; what it prints is told, up to 20 lines.
+
+        One that is not to be obeyed is not run, and the promise to do it is taken back.
+        """
         if moment.phase == "before-freeze" and "after-thaw" in self.phases:
             env = {"REMETAL_PHASE": "after-thaw", **moment.facts}
-            self._promise = self._open.enter_context(promised([self._argv], env=env, limit=moment.limit))
+            promise = promised([self._argv], env=env, limit=moment.limit, trusted=self._argv[:1])
+            self._promise = self._open.enter_context(promise)
         if moment.phase != "after-thaw":
             self._run(moment)
             return
         with self._open:
             try:
-                self._run(moment)
+                if moment.obeys:
+                    self._run(moment)
             except RemetalError:
                 self._release()
                 raise

@@ -1,21 +1,26 @@
 """The process that keeps a promise if the one who gave it cannot: it runs programs when he is gone, or takes too long.
 
 `python -I -S SCRIPT` gets a line of JSON: `wait`, in how many seconds it is time (or null), `limit`, how many
-seconds each of the `commands` has, and their environment `env`. It says `ready`, and waits. A byte releases it. When
-the time is over, or who asked is gone, it runs the commands one after the other, whatever becomes of each, and says
-`kept`.
+seconds each of the `commands` has, their environment `env`, and `trusted`, the files that nobody else may be able to
+change if anything is to run. It says `ready`, and waits. A byte releases it. When the time is over, or who asked is
+gone, it runs the commands one after the other, whatever becomes of each, and says `kept`.
 
 It imports nothing of remetal and writes to no file.
 """
 
 import contextlib
+import errno
 import io
 import json
 import os
 import select
 import signal
+import stat
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+
+_MOST_LINKS = 40
 
 
 def is_released(wait: float | None) -> bool:
@@ -41,6 +46,61 @@ def run(argv: list[str], limit: float, env: dict[str, str]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
+def find_weakness(path: Path) -> tuple[Path, str] | None:
+    """Return what others may change of all that leads to a path, or of what is there, and how; None if nobody may.
+
+    Raises OSError for what cannot be told.
+    """
+    for each in _way_to(path.absolute()):
+        why = _why_not_ours(each.lstat())
+        if why:
+            return each, why
+    return None
+
+
+def _why_not_ours(about: os.stat_result) -> str:
+    shared = stat.S_ISDIR(about.st_mode) and about.st_mode & stat.S_ISVTX
+    if about.st_uid not in {0, os.geteuid()}:
+        return f"belongs to user {about.st_uid}"
+    if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not shared and not stat.S_ISLNK(about.st_mode):
+        return f"may be changed by others (mode {stat.S_IMODE(about.st_mode):04o})"
+    return ""
+
+
+def _way_to(path: Path) -> Iterator[Path]:
+    """Yield all that leads to a path: each folder and each link, from the root on, and what it is itself.
+
+    The caller looks at each before the next is asked for. Raises OSError.
+    """
+    done, links = Path("/"), 0
+    yield done
+    waiting = list(reversed(path.parts[1:]))
+    while waiting:
+        name = waiting.pop()
+        if name == "..":
+            done = done.parent
+            continue
+        place = done / name
+        yield place
+        if not place.is_symlink():
+            done = place
+            continue
+        links += 1
+        if links > _MOST_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        target = place.readlink()
+        if target.is_absolute():
+            done = Path("/")
+        waiting += reversed(target.parts[1:] if target.is_absolute() else target.parts)
+
+
+def _is_ours(path: str) -> bool:
+    try:
+        return find_weakness(Path(path)) is None
+    except OSError:
+        return False
+
+
 def main() -> None:
     """Wait, and do what was promised."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGTSTP):
@@ -51,7 +111,7 @@ def main() -> None:
     os.write(1, b"ready\n")
     if is_released(promise["wait"]):
         return
-    for argv in promise["commands"]:
+    for argv in promise["commands"] if all(map(_is_ours, promise["trusted"])) else []:
         run(argv, promise["limit"], promise["env"])
     with contextlib.suppress(OSError):
         os.write(1, b"kept\n")

@@ -36,18 +36,25 @@ class Promise:
 
 @contextmanager
 def promised(
-    commands: Sequence[Argv], *, env: Mapping[str, str], limit: float, wait: float | None = None
+    commands: Sequence[Argv],
+    *,
+    env: Mapping[str, str],
+    limit: float,
+    wait: float | None = None,
+    trusted: Sequence[str] = (),
 ) -> Iterator[Promise]:
     """Have programs run, each for at most `limit` seconds, if we are gone before the promise is released.
 
-    They also run if it is not released within `wait` seconds, or when the block is left. `env` is as for `run_within`.
-    Raises ProgramMissingError; RemetalError if nobody is there to keep it.
+    They also run if it is not released within `wait` seconds, or when the block is left; but nothing runs if somebody
+    else may change one of the `trusted` files then. `env` is as for `run_within`. Raises ProgramMissingError;
+    RemetalError if nobody is there to keep it.
     """
     asked = {
         "wait": wait,
         "limit": limit,
         "env": own_environment(env),
         "commands": [resolve_program(argv) for argv in commands],
+        "trusted": list(trusted),
     }
     with outliving(keeper.__file__) as process:
         set_apart(process.pid)
