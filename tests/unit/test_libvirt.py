@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from remetal.applications import libvirt
 from remetal.applications.contract import Moment, Phase
 from remetal.applications.libvirt import Libvirt, LibvirtSettings
 from remetal.errors import RemetalError
@@ -21,14 +22,21 @@ from remetal.errors import RemetalError
 URI = "test:///default"
 
 
+@pytest.fixture(autouse=True)
+def _for_a_short_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libvirt, "_AGAIN", 15.0)  # what has no agent is tried in vain when the test is over
+
+
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Write down what virsh is asked for; in the file `slow` stands at which word it takes a minute."""
+    """Write down what virsh is asked for; in the files `slow` and `broken` stands at which word it takes a minute, or
+    fails."""
     seen = tmp_path / "asked"
     client = tmp_path / "virsh"
     client.write_text(
         f'#!/bin/sh\nshift 3\necho "$*" >> {seen}\n'
         f'[ ! -e {tmp_path}/slow ] || [ "$1" != "$(cat {tmp_path}/slow)" ] || exec sleep 60\n'
+        f'[ ! -e {tmp_path}/broken ] || [ "$1" != "$(cat {tmp_path}/broken)" ] || exit 1\n'
         f'exec /usr/bin/virsh --quiet --connect {URI} "$@"\n'
     )
     client.chmod(0o755)
@@ -62,7 +70,9 @@ def test_one_that_cannot_be_frozen_is_named_and_the_others_are_frozen_and_thawed
         application.carry_out(at("before-freeze"))
     assert "guest-ping" in caught.value.hint
     application.carry_out(at("after-thaw"))
-    assert lines_of(asked) == ["domfsfreeze gone", "domfsfreeze test", "domfsthaw test", "domfsthaw gone"]
+    assert lines_of(asked)[:4] == ["domfsfreeze gone", "domfsfreeze test", "domfsthaw test", "domfsthaw gone"]
+    time.sleep(3)
+    assert thaws_of(asked).count("test") == 1
 
 
 def test_one_that_does_not_answer_is_left_and_thawed_all_the_same(asked: Path) -> None:
@@ -74,15 +84,56 @@ def test_one_that_does_not_answer_is_left_and_thawed_all_the_same(asked: Path) -
     assert lines_of(asked)[-1] == "domfsthaw test"
 
 
-def test_one_that_is_not_thawed_is_said_with_what_to_do(asked: Path) -> None:
+def thaws_of(asked: Path, seconds: float = 0) -> list[str]:
+    """Return which guests were to be thawed, of which there should be more in so many seconds."""
+    before = len(lines_of(asked))
+    until = time.monotonic() + seconds
+    while len(lines_of(asked)) == before and time.monotonic() < until:
+        time.sleep(0.05)
+    return [line.partition(" ")[2] for line in lines_of(asked) if line.startswith("domfsthaw ")]
+
+
+def test_one_that_is_not_thawed_is_said_with_what_to_do_and_tried_again(asked: Path) -> None:
     application = made()
     application.carry_out(at("before-freeze"))
-    (asked.parent / "virsh").unlink()
-    (asked.parent / "virsh").write_text("#!/bin/sh\nexit 1\n")
-    (asked.parent / "virsh").chmod(0o755)
+    (asked.parent / "broken").write_text("domfsthaw")
     with pytest.raises(RemetalError, match=r"guest test was not thawed: .* exit code 1") as caught:
         application.carry_out(at("after-thaw"))
-    assert caught.value.hint == f"Try it by hand: virsh -c {URI} domfsthaw GUEST"
+    assert caught.value.hint == f"It is tried again for 0.25 minutes. By hand: virsh -c {URI} domfsthaw GUEST"
+    assert len(thaws_of(asked, 10)) >= 2
+    (asked.parent / "broken").unlink()
+    assert len(thaws_of(asked, 10)) >= 3
+    time.sleep(0.5)
+    done = thaws_of(asked)
+    assert thaws_of(asked, 4) == done, "it was thawed"
+
+
+def test_one_that_freezes_when_nobody_waits_for_it_any_more_is_thawed_once_it_can_be(asked: Path) -> None:
+    """As long as the agent is at it, libvirt cannot thaw it; the others are not thawed again meanwhile."""
+    (asked.parent / "slow").write_text("domfsfreeze")
+    application = made(guests=("test", "test", "gone"))
+    with pytest.raises(RemetalError, match="was stopped; guest gone was not frozen"):
+        application.carry_out(at("before-freeze", 1))
+    (asked.parent / "slow").unlink()
+    (asked.parent / "broken").write_text("domfsthaw")
+    with pytest.raises(RemetalError, match=r"guest test was not thawed: .* exit code 1"):
+        application.carry_out(at("after-thaw", 1))
+    assert "test" in thaws_of(asked, 10)[2:]
+    (asked.parent / "broken").unlink()
+    before = thaws_of(asked).count("test")
+    assert "test" in thaws_of(asked, 10)[-2:]
+    time.sleep(3)
+    assert before < thaws_of(asked).count("test") <= before + 2
+
+
+def test_that_one_was_thawed_too_early_is_said_though_another_has_no_agent(asked: Path) -> None:
+    application = made(guests=("gone", "test"))
+    with pytest.raises(RemetalError, match="guest gone was not frozen"):
+        application.carry_out(at("before-freeze", 0.5))
+    thaws_of(asked, 5)
+    time.sleep(0.5)
+    with pytest.raises(RemetalError, match=r"^the guests were not frozen until the end, but for 1 s$"):
+        application.carry_out(at("after-thaw", 0.5))
 
 
 def test_they_are_thawed_when_it_takes_too_long_and_that_is_said(asked: Path) -> None:

@@ -71,3 +71,45 @@ def test_it_is_kept_if_who_gave_it_is_gone(tmp_path: Path, how: signal.Signals) 
         assert not comes(tmp_path / "done", 0.2)
         process.send_signal(how)
         assert comes(tmp_path / "done")
+
+
+def failing_until(sign: Path, path: Path) -> list[str]:
+    return writing(path, f"[ -e {sign} ] || exit 1;")
+
+
+def test_what_fails_is_run_again_for_a_while_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    """Whether who gave the promise is gone, or took too long."""
+    for wait in (None, 0.1):
+        sign, done, other = (tmp_path / f"{name}-{wait}" for name in ("sign", "done", "other"))
+        began = time.monotonic()
+        with promised([failing_until(sign, done), writing(other)], env={}, limit=5, wait=wait, again=60) as promise:
+            if wait is not None:
+                assert comes(other)
+                assert not promise.release()
+        assert time.monotonic() - began < 8
+        assert comes(other)
+        assert not comes(done, 0.3)
+        sign.touch()
+        assert comes(done, 10)
+
+
+def test_that_ends_when_the_while_is_over(tmp_path: Path) -> None:
+    with promised([["sh", "-c", f"echo >> {tmp_path}/tried; exit 1"]], env={}, limit=5, again=3):
+        pass
+    time.sleep(6)
+    tried = len((tmp_path / "tried").read_text())
+    assert tried > 1
+    time.sleep(4)
+    assert len((tmp_path / "tried").read_text()) == tried
+
+
+def test_some_are_kept_and_the_others_are_forgotten(tmp_path: Path) -> None:
+    first, sign, last = tmp_path / "first", tmp_path / "sign", tmp_path / "last"
+    commands = [writing(first), failing_until(sign, last)]
+    began = time.monotonic()
+    with promised(commands, env={}, limit=5, wait=60, again=60) as promise:
+        assert promise.keep([1])
+    assert time.monotonic() - began < 8
+    sign.touch()
+    assert comes(last, 10)
+    assert not first.exists()

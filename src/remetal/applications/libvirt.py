@@ -1,7 +1,9 @@
 """Guests of libvirt: their agents freeze the file systems in them from before the freeze until after it.
 
 So an image of a guest that lies on what is captured is as if the guest had been captured itself. They are thawed
-whatever happens, also when remetal is killed, and at the latest when twice the limit is over.
+whatever happens, also when remetal is killed, and at the latest when twice the limit is over. A guest goes on freezing
+if nobody waits for it any more, and cannot be thawed until it has; so what cannot be thawed is left to a process that
+goes on trying.
 
 Source: virsh(1), domfsfreeze and domfsthaw.
 """
@@ -14,9 +16,12 @@ from remetal.applications.contract import Moment, Phase, Settings
 from remetal.errors import RemetalError
 from remetal.system.limited import run_within
 from remetal.system.promises import Promise, promised
+from remetal.system.run import ProgramFailedError
 
 _LEAST = 5.0
 """Seconds in which a guest may be thawed even if there are none any more."""
+_AGAIN = 600.0
+"""Seconds for which it is tried again to thaw one that cannot be thawed."""
 
 
 class LibvirtSettings(Settings, frozen=True, kw_only=True):
@@ -35,6 +40,7 @@ class Libvirt:
     def __init__(self, settings: LibvirtSettings) -> None:
         self._settings = settings
         self._told: dict[str, bool] = {}
+        """Whether each guest that was told may be frozen; libvirt says of the others that they are not."""
         self._open = ExitStack()
         self._promise: Promise | None = None
 
@@ -46,22 +52,21 @@ class Libvirt:
             self._thaw(moment)
 
     def _freeze(self, moment: Moment) -> None:
-        guests = self._settings.guests or tuple(self._running(moment))
+        guests = list(dict.fromkeys(self._settings.guests or self._running(moment)))
         if not guests:
             moment.tell("no guest is running")
             return
         thaws = [self._virsh("domfsthaw", guest) for guest in guests]
-        held = promised(thaws, env={}, limit=max(moment.limit, _LEAST), wait=2 * moment.limit)
+        held = promised(thaws, env={}, limit=max(moment.limit, _LEAST), wait=2 * moment.limit, again=_AGAIN)
         self._promise = self._open.enter_context(held)
         failures = []
         for guest in guests:
-            self._told[guest] = False
+            self._told[guest] = True
             try:
                 run_within(moment.left(), self._virsh("domfsfreeze", guest), env={})
             except RemetalError as error:
+                self._told[guest] = isinstance(error, ProgramFailedError) and error.returncode < 0
                 failures.append(f"guest {guest} was not frozen: {error.message}")
-            else:
-                self._told[guest] = True
         if failures:
             raise RemetalError(
                 "; ".join(failures),
@@ -72,25 +77,26 @@ class Libvirt:
     def _thaw(self, moment: Moment) -> None:
         told, self._told = self._told, {}
         promise, self._promise = self._promise, None
-        failures: list[str] = []
+        failures: dict[str, str] = {}
         with self._open, ExitStack() as each_of_them:
-            for guest, was_frozen in told.items():
-                each_of_them.callback(self._thaw_one, guest, was_frozen, moment, failures)
+            for guest in told:
+                each_of_them.callback(self._thaw_one, guest, moment, failures)
             each_of_them.close()
-            if promise is not None and not promise.release():
-                failures.append(f"the guests were not frozen until the end, but for {2 * moment.limit:g} s")
-        if failures:
-            raise RemetalError(
-                "; ".join(failures), hint=f"Try it by hand: virsh -c {self._settings.uri} domfsthaw GUEST"
-            )
+            left = [number for number, guest in enumerate(told) if guest in failures]
+            begun = promise is not None and not (promise.keep(left) if left else promise.release())
+        said = [f"guest {guest} was not thawed: {why}" for guest, why in failures.items() if told[guest]]
+        hint = f"It is tried again for {_AGAIN / 60:g} minutes. By hand: virsh -c {self._settings.uri} domfsthaw GUEST"
+        if begun:
+            said.append(f"the guests were not frozen until the end, but for {2 * moment.limit:g} s")
+        if said:
+            raise RemetalError("; ".join(said), hint=hint if left else "Allow more time: a higher limit.")
 
-    def _thaw_one(self, guest: str, was_frozen: bool, moment: Moment, failures: list[str]) -> None:
+    def _thaw_one(self, guest: str, moment: Moment, failures: dict[str, str]) -> None:
         """Thaw a guest, also one that may have been frozen after we ceased to wait for it."""
         try:
             run_within(max(moment.left(), _LEAST), self._virsh("domfsthaw", guest), env={})
         except RemetalError as error:
-            if was_frozen:
-                failures.append(f"guest {guest} was not thawed: {error.message}")
+            failures[guest] = error.message
 
     def _running(self, moment: Moment) -> list[str]:
         done = run_within(moment.left(), self._virsh("list", "--name", "--state-running"), env={})

@@ -1,9 +1,11 @@
 """The process that keeps a promise if the one who gave it cannot: it runs programs when he is gone, or takes too long.
 
 `python -I -S SCRIPT` gets a line of JSON: `wait`, in how many seconds it is time (or null), `limit`, how many
-seconds each of the `commands` has, their environment `env`, and `trusted`, the files that nobody else may be able to
-change if anything is to run. It says `ready`, and waits. A byte releases it. When the time is over, or who asked is
-gone, it runs the commands one after the other, whatever becomes of each, and says `kept`.
+seconds each of the `commands` has, their environment `env`, `trusted`, the files that nobody else may be able to
+change if anything is to run, and `again`. It says `ready`, and waits. A dot releases it. When the time is over, or who
+asked is gone, it runs the commands one after the other, whatever becomes of each, and says `kept`. A JSON list of their
+numbers is to run those, and to say nothing. For `again` seconds it runs again what has failed, and does all that as a
+process that nobody waits for.
 
 It imports nothing of remetal and writes to no file.
 """
@@ -17,20 +19,24 @@ import select
 import signal
 import stat
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 _MOST_LINKS = 40
+_PAUSE = 2.0
+"""Seconds after which what has failed is run again."""
 
 
-def is_released(wait: float | None) -> bool:
-    """Wait until it is time; return whether there is nothing to do any more."""
+def wait_for_word(wait: float | None) -> bytes:
+    """Wait until it is time, or somebody says something, and return that: nothing if it is time, or he is gone."""
     ready = select.select([0], [], [], wait)[0]
-    return bool(ready) and bool(os.read(0, 1))
+    return os.read(0, select.PIPE_BUF) if ready else b""
 
 
-def run(argv: list[str], limit: float, env: dict[str, str]) -> None:
-    """Run a program for at most so many seconds, as a session of its own."""
+def run(argv: list[str], limit: float, env: dict[str, str]) -> bool:
+    """Run a program for at most so many seconds, as a session of its own; return whether it succeeded."""
     with contextlib.suppress(OSError):
         process = subprocess.Popen(
             argv,
@@ -41,9 +47,10 @@ def run(argv: list[str], limit: float, env: dict[str, str]) -> None:
             start_new_session=True,
         )
         try:
-            process.wait(limit)
+            return process.wait(limit) == 0
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+    return False
 
 
 def find_weakness(path: Path) -> tuple[Path, str] | None:
@@ -109,12 +116,39 @@ def main() -> None:
         Path("/proc/self/comm").write_text("promise-keeper")  # `killall python3` does not mean it
     promise = json.loads(io.FileIO(0, closefd=False).readline())
     os.write(1, b"ready\n")
-    if is_released(promise["wait"]):
-        return
-    for argv in promise["commands"] if all(map(_is_ours, promise["trusted"])) else []:
-        run(argv, promise["limit"], promise["env"])
+    word = wait_for_word(promise["wait"])
+    if not word:
+        keep(promise, promise["commands"])
+    elif word != b".":
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever listens hears that it ends here
+        keep(promise, [promise["commands"][number] for number in json.loads(word)])
+
+
+def keep(promise: dict[str, Any], commands: list[list[str]]) -> None:
+    """Run the commands, and those that fail again if that was asked for."""
+    if promise["again"]:
+        detach()
+    until = time.monotonic() + promise["again"]
+    commands = run_all(promise, commands)
     with contextlib.suppress(OSError):
         os.write(1, b"kept\n")
+    while commands and time.monotonic() < until:
+        time.sleep(_PAUSE)
+        commands = run_all(promise, commands)
+
+
+def run_all(promise: dict[str, Any], commands: list[list[str]]) -> list[list[str]]:
+    """Run commands, if nobody else may change what is trusted, and return those that have failed."""
+    if not all(map(_is_ours, promise["trusted"])):
+        return []
+    return [argv for argv in commands if not run(argv, promise["limit"], promise["env"])]
+
+
+def detach() -> None:
+    """Go on as a process of which whoever waits for this one knows nothing."""
+    with contextlib.suppress(OSError):
+        if os.fork():
+            os._exit(0)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,17 @@ class Promise:
 
     def release(self) -> bool:
         """Let nobody run them any more; return whether nobody has begun to."""
+        return self._say(_RELEASED)
+
+    def keep(self, which: Sequence[int]) -> bool:
+        """Let some of them be run now, by their numbers, and the others not any more; return as `release` does."""
+        return self._say(json.dumps(which).encode())
+
+    def _say(self, word: bytes) -> bool:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with suppress(BrokenPipeError):
-            os.write(self._process.stdin.fileno(), _RELEASED)
+            os.write(self._process.stdin.fileno(), word)
         ready = select.select([self._process.stdout], [], [], _PATIENCE)[0]
         return bool(ready) and not os.read(self._process.stdout.fileno(), 100)
 
@@ -41,16 +48,18 @@ def promised(
     env: Mapping[str, str],
     limit: float,
     wait: float | None = None,
+    again: float = 0.0,
     trusted: Sequence[str] = (),
 ) -> Iterator[Promise]:
     """Have programs run, each for at most `limit` seconds, if we are gone before the promise is released.
 
     They also run if it is not released within `wait` seconds, or when the block is left; but nothing runs if somebody
-    else may change one of the `trusted` files then. `env` is as for `run_within`. Raises ProgramMissingError;
-    RemetalError if nobody is there to keep it.
+    else may change one of the `trusted` files then. Those that fail are run again for `again` seconds, for which nobody
+    waits. `env` is as for `run_within`. Raises ProgramMissingError; RemetalError if nobody is there to keep it.
     """
     asked = {
         "wait": wait,
+        "again": again,
         "limit": limit,
         "env": own_environment(env),
         "commands": [resolve_program(argv) for argv in commands],
