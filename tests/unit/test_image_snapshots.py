@@ -1,16 +1,32 @@
-"""Which volumes are read from LVM snapshots, with how much room, and what the kernel tells of snapshots and pools."""
+"""Which volumes are read from LVM snapshots, with how much room, what the kernel tells of snapshots and pools, and that
+they are watched until they are dropped, whatever who reads is busy with."""
 
 from __future__ import annotations
 
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pytest
 
-from remetal.image.snapshots import Offer, plan_snapshots
+from lab.disk import fresh_disk
+from remetal.errors import UnavailableError
+from remetal.events import Report, silent
+from remetal.image.extents import probe_used
+from remetal.image.live import LiveVolume, Manner, Moment, capture_live
+from remetal.image.ranges import Extents
+from remetal.image.snapshots import Offer, _capture, plan_snapshots
+from remetal.repository.session import Batch, Session, open_session
+from remetal.system.blockdev import Span
 from remetal.system.freeze import freezes_nest
-from remetal.system.lvm_snapshots import Origin, Pool, is_whole, parse_pool
-from remetal.units import GIB, MIB
+from remetal.system.lvm_snapshots import LvmSnapshot, Origin, Pool, is_whole, parse_pool
+from remetal.system.mounts import mounted
+from remetal.units import GIB, KIB, MIB
+from tests.repositories import make_site
 
 POOL = Pool("vg/pool", Path("/dev/dm-3"), 0.5, "")
 LINEAR = Origin("vg", "a", 10 * GIB, "linear", "public", 8 * GIB, 4 * MIB)
@@ -115,3 +131,145 @@ def test_what_the_kernel_tells_of_a_pool() -> None:
 def test_which_kernels_nest(monkeypatch: pytest.MonkeyPatch, release: str, nest: bool) -> None:
     monkeypatch.setattr("platform.release", lambda: release)
     assert freezes_nest() is nest
+
+
+class Fake(LvmSnapshot):
+    """A snapshot of a disk file; while it is `full` it does not last, and once it is given up it cannot be read."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(THIN, 0)
+        self.path = path
+        self.full = False
+        self.done: list[str] = []
+
+    def take(self, patience: float) -> None:
+        self.done.append("taken")
+
+    def open(self) -> Path:
+        return self.path
+
+    def check(self) -> None:
+        if self.full:
+            raise UnavailableError("it is full")
+
+    def give_up(self) -> None:
+        self.done.append("given up")
+        self.path.write_bytes(b"")
+        self.full = False  # there is room again
+
+    def drop(self, report: Report) -> None:
+        self.done.append("dropped")
+
+
+def comes(snapshot: Fake, what: str) -> bool:
+    until = time.monotonic() + 10
+    while what not in snapshot.done and time.monotonic() < until:
+        time.sleep(0.02)
+    return what in snapshot.done
+
+
+@pytest.fixture
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Fake]:
+    """Snapshots of two ext4, for which nothing has to be frozen."""
+    monkeypatch.setattr("remetal.image.snapshots.freezes_nest", lambda: False)
+    made = []
+    for name in ("one", "two"):
+        path = tmp_path / name
+        subprocess.run(["mkfs.ext4", "-q", "-d", "/etc/ssl", path, "64M"], check=True)
+        made.append(Fake(path))
+    return made
+
+
+class Store:
+    """A session that takes what it is given, and does something whenever it takes an image's first batch."""
+
+    chunk_size, workers = 64 * KIB, 1
+
+    def __init__(self, meanwhile: Callable[[str], None]) -> None:
+        self.meanwhile = meanwhile
+        self.images: list[str] = []
+
+    def write_image(self, volume: str, size: int, batches: Iterator[Batch], *, previous: None) -> str:
+        for number, batch in enumerate(batches):
+            if number == 0:
+                self.meanwhile(volume)
+            batch.release()
+        self.images.append(volume)
+        return volume
+
+
+def capture(store: Store, snapshots: Sequence[Fake]) -> None:
+    """Capture volumes of which all are read from snapshots."""
+    folder = Path("/dev/shm")
+    volumes = [LiveVolume(each.path.name, Span(each.path, 0, 64 * MIB), "ext4", folder, Extents) for each in snapshots]
+    chosen = {each.volume: snapshot for each, snapshot in zip(volumes, snapshots, strict=True)}
+    _capture(cast("Session", store), volumes, cast("Mapping[str, LvmSnapshot]", chosen), Manner(60), silent)
+
+
+def test_each_is_watched_from_when_it_is_taken_until_it_is_dropped(fakes: list[Fake]) -> None:
+    one, two = fakes
+
+    def meanwhile(volume: str) -> None:
+        one.full = one.full or volume == "two"  # nobody looks at it any more
+
+    store = Store(meanwhile)
+    capture(store, fakes)
+    assert store.images == ["one", "two"]
+    assert (one.done, two.done) == (["taken", "dropped", "dropped"], ["taken", "dropped", "dropped"])
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["the one that is read", "the other"])
+def test_one_that_fills_up_while_the_store_keeps_waiting_is_given_up_and_there_is_no_image(
+    fakes: list[Fake], number: int
+) -> None:
+    full = fakes[number]
+
+    def meanwhile(volume: str) -> None:
+        full.full = True
+        assert comes(full, "given up"), "while who reads waits"
+
+    store = Store(meanwhile)
+    with pytest.raises(UnavailableError, match="it is full"):
+        capture(store, fakes)
+    assert store.images == []
+    assert all(each.done[-1] == "dropped" for each in fakes)
+    assert "given up" not in fakes[1 - number].done
+
+
+def test_one_that_fills_up_after_its_last_byte_is_noticed(fakes: list[Fake]) -> None:
+    class Late(Store):
+        def write_image(self, volume: str, size: int, batches: Iterator[Batch], *, previous: None) -> str:
+            super().write_image(volume, size, batches, previous=previous)
+            fakes[0].full = True
+            return volume
+
+    with pytest.raises(UnavailableError, match="it is full"):
+        capture(Late(lambda volume: None), fakes[:1])
+
+
+def test_one_that_fills_up_while_other_volumes_are_stored_ends_the_backup(tmp_path: Path) -> None:
+    class Full(Moment):
+        def check(self) -> None:
+            raise UnavailableError("it is full")
+
+    site = make_site()
+    with fresh_disk(tmp_path / "disk.img", 320 * MIB, "ext4") as device, mounted(device) as folder:
+        span = Span(device, 0, 320 * MIB)
+        volume = LiveVolume("disk", span, "ext4", folder, partial(probe_used, span, "ext4", frozen=True))
+        with open_session(site.repository, site.keys) as session, pytest.raises(UnavailableError, match="it is full"):
+            capture_live(session, [volume], Manner(60, moment=Full()))
+
+
+def test_a_thin_one_that_is_given_up_is_taken_from_who_reads_it_before_it_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("dmsetup", "lvm"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/asked\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr("remetal.system.lvm_snapshots._hidden", lambda group, name: tmp_path)
+    LvmSnapshot(LINEAR, GIB).give_up()
+    LvmSnapshot(THIN, 0).give_up()
+    first, second = (tmp_path / "asked").read_text().splitlines()
+    assert first.startswith("dmsetup wipe_table ")
+    assert second.startswith("lvm lvremove ")

@@ -27,7 +27,7 @@ from remetal.image.ahead import BLOCK, Ahead
 from remetal.image.capture import read_batches
 from remetal.image.ranges import Extent, Extents
 from remetal.pace import Pace
-from remetal.repository.session import Batch, Session
+from remetal.repository.session import Batch, Known, Session
 from remetal.repository.snapshots import ImageRecord
 from remetal.system.blockdev import Span, flush_cache, probe_geometry
 from remetal.system.freeze import Held, held_still, sync_folders
@@ -86,6 +86,9 @@ class Moment:
 
     def take(self) -> None:
         """Do it, while everything is held still. It is the last thing that is done, and so is done once only."""
+
+    def check(self) -> None:
+        """Raise UnavailableError if what was done does not last until it is needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +170,15 @@ def capture_live(
     images = []
     for name, each in capture.read.items():
         volume = each.volume
-        images.append(session.write_image(name, volume.span.size, each.image(maps[name]), previous=volume.previous))
+        batches = _while_it_lasts(each.image(maps[name]), manner.moment)
+        images.append(session.write_image(name, volume.span.size, batches, previous=volume.previous))
     return images, pause
+
+
+def _while_it_lasts(batches: Iterator[Batch | Known], moment: Moment) -> Iterator[Batch | Known]:
+    for batch in batches:
+        moment.check()
+        yield batch
 
 
 class _Capture:

@@ -9,16 +9,19 @@ it does not (`freezes_nest`): there one volume gets a snapshot, that with most i
 LVM leaves an ordinary snapshot half made where the kernel refuses.
 
 Snapshots come last of what is done while file systems are held, and are read when all are let go. How long that takes
-matters only because they fill up: that is looked at while they are read, and after the last byte, before anything is
-believed. A snapshot that was whole then was whole before.
+matters only because they fill up: that is looked at by a thread of its own from when each is taken until it is dropped,
+since who reads may wait for the store, or for other volumes. Before the volumes of a pool have to wait, the snapshot is
+taken from whoever reads it. It is looked at once more after the last byte, before anything is believed: a snapshot that
+was whole then was whole before.
 """
 
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -60,8 +63,8 @@ leaves as much to others."""
 POOL_LIMIT = 0.8
 """The part of a thin pool's data or metadata that may be in use for a snapshot to begin."""
 _PLAIN = frozenset({"linear", "striped"})
-_INTERVAL = 2.0
-"""Seconds between two looks at a snapshot while it is read."""
+_INTERVAL = 0.5
+"""Seconds between two looks at the snapshots."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,14 +156,69 @@ def capture_mounted(
         return _capture(session, volumes, {}, manner, report)
 
 
-class _Snapshots(Moment):
-    """All snapshots, taken at the moment that is captured."""
+class _Watch:
+    """A look at snapshots, again and again, from when each is taken until it is dropped."""
 
-    def __init__(self, volumes: Sequence[LiveVolume], snapshots: Sequence[LvmSnapshot], limit: float) -> None:
+    def __init__(self) -> None:
+        self._watched: list[LvmSnapshot] = []
+        self._error: RemetalError | None = None
+        self._guard = threading.Lock()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look_on, name="snapshots", daemon=True)
+
+    def begin(self, snapshot: LvmSnapshot) -> None:
+        """Look at a snapshot that was taken, too."""
+        with self._guard:
+            self._watched.append(snapshot)
+        if self._thread.ident is None:
+            self._thread.start()
+
+    def check(self) -> None:
+        """Raise UnavailableError if one has not lasted; then there is to be no image of any."""
+        if self._error is not None:
+            raise self._error
+
+    def end(self, snapshot: LvmSnapshot, report: Report) -> None:
+        """Drop a snapshot, and look at it no more."""
+        with self._guard:
+            if snapshot in self._watched:
+                self._watched.remove(snapshot)
+        snapshot.drop(report)
+
+    def close(self) -> None:
+        """Stop."""
+        self._over.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _look_on(self) -> None:
+        while not self._over.wait(_INTERVAL):
+            for each in list(self._watched):
+                with self._guard:
+                    if each in self._watched:
+                        self._look_at(each)
+
+    def _look_at(self, snapshot: LvmSnapshot) -> None:
+        try:
+            snapshot.check()
+        except RemetalError as error:
+            self._error = self._error or error  # before anybody reads an error that comes of it
+            self._watched.remove(snapshot)
+            with suppress(RemetalError):  # who drops it tries again, and tells
+                snapshot.give_up()
+
+
+class _Snapshots(Moment):
+    """All snapshots, taken at the moment that is captured, and watched from then on."""
+
+    def __init__(
+        self, volumes: Sequence[LiveVolume], snapshots: Sequence[LvmSnapshot], watch: _Watch, limit: float
+    ) -> None:
         self.places = [each.folder for each in volumes]
         self.folders = self.places if freezes_nest() else []
         self._volumes = volumes
         self._snapshots = snapshots
+        self._watch = watch
         self._limit = limit
 
     def prepare(self) -> None:
@@ -169,6 +227,10 @@ class _Snapshots(Moment):
     def take(self) -> None:
         for each in self._snapshots:
             each.take(self._limit)
+            self._watch.begin(each)
+
+    def check(self) -> None:
+        self._watch.check()
 
 
 def _capture(
@@ -180,18 +242,19 @@ def _capture(
 ) -> tuple[list[ImageRecord], Pause, dict[str, Way]]:
     chosen = [each for each in volumes if each.volume in snapshots]
     others = [each for each in volumes if each.volume not in snapshots]
-    manner = replace(manner, moment=_Snapshots(chosen, list(snapshots.values()), manner.limit))
     with ExitStack() as stack:
+        watch = stack.enter_context(closing(_Watch()))
+        manner = replace(manner, moment=_Snapshots(chosen, list(snapshots.values()), watch, manner.limit))
         for snapshot in snapshots.values():
-            stack.callback(snapshot.drop, report)
+            stack.callback(watch.end, snapshot, report)
         if others:
             images, pause = capture_live(session, others, manner, report)
         else:
             images, pause = [], _hold(manner, report)
         for each in chosen:
             snapshot = snapshots[each.volume]
-            images.append(_read_snapshot(session, each, snapshot, manner.pace, report))
-            snapshot.drop(report)
+            images.append(_read_snapshot(session, each, snapshot, watch, manner.pace, report))
+            watch.end(snapshot, report)
     ways = {each.volume: _way(each, pause) for each in others} | dict.fromkeys(snapshots, "snapshot")
     return images, pause, ways
 
@@ -207,12 +270,12 @@ def _hold(manner: Manner, report: Report) -> Pause:
 
 
 def _read_snapshot(
-    session: Session, volume: LiveVolume, snapshot: LvmSnapshot, pace: Pace | None, report: Report
+    session: Session, volume: LiveVolume, snapshot: LvmSnapshot, watch: _Watch, pace: Pace | None, report: Report
 ) -> ImageRecord:
-    span = Span(snapshot.open(), 0, volume.span.size)
-    report(Step(f"Capturing {volume.volume} from an LVM snapshot ({volume.kind}, {format_bytes(span.size)})"))
-    flush_cache(span.path)
     try:
+        span = Span(snapshot.open(), 0, volume.span.size)
+        report(Step(f"Capturing {volume.volume} from an LVM snapshot ({volume.kind}, {format_bytes(span.size)})"))
+        flush_cache(span.path)
         batches = read_batches(
             span,
             _look(volume, span, report),
@@ -223,10 +286,12 @@ def _read_snapshot(
             report=report,
         )
         with closing(batches):
-            image = session.write_image(volume.volume, span.size, _watched(batches, snapshot), previous=volume.previous)
+            image = session.write_image(volume.volume, span.size, _watched(batches, watch), previous=volume.previous)
     except RemetalError:
-        snapshot.check()  # one that is full cannot be read
+        watch.check()  # who reads one that is given up, or full, gets errors
+        snapshot.check()
         raise
+    watch.check()
     snapshot.check()
     return image
 
@@ -245,13 +310,10 @@ def _look(volume: LiveVolume, span: Span, report: Report) -> Extents:
         return volume.leave_out(used, folder)
 
 
-def _watched(batches: Iterator[Batch], snapshot: LvmSnapshot) -> Iterator[Batch]:
-    """Yield batches while the snapshot is whole. Raises UnavailableError."""
-    due = time.monotonic()
+def _watched(batches: Iterator[Batch], watch: _Watch) -> Iterator[Batch]:
+    """Yield batches while all snapshots last. Raises UnavailableError."""
     for batch in batches:
-        if time.monotonic() >= due:
-            snapshot.check()
-            due = time.monotonic() + _INTERVAL
+        watch.check()
         yield batch
 
 

@@ -124,10 +124,15 @@ class LvmSnapshot:
         """Return the device that shows it, which is read-only, and nobody else's to remove until `drop`."""
         name = _mapping(self.origin.group, self.name)
         if self.origin.pool:
-            (row,) = _rows(f"lv_name={self.name}", self.origin.group)
-            uuid = f"{_dm_uuid(row)}-remetal"
-            table = f"0 {self.origin.size // 512} thin {self.origin.pool.device} {row['thin_id']}"
-            name += "-remetal"
+            rows = _rows(f"lv_name={self.name}", self.origin.group)
+            if not rows:
+                raise UnavailableError(
+                    f"the LVM snapshot of {self.origin} is not there any more",
+                    hint="Nothing is kept of this backup; run it again.",
+                )
+            uuid = f"{_dm_uuid(rows[0])}-remetal"
+            table = f"0 {self.origin.size // 512} thin {self.origin.pool.device} {rows[0]['thin_id']}"
+            name = _hidden(self.origin.group, self.name).name
             run(["dmsetup", "create", name, "--readonly", "--uuid", uuid, "--table", table])
         device = Path("/dev/mapper", name).resolve()
         self._fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
@@ -137,7 +142,7 @@ class LvmSnapshot:
         """Raise UnavailableError if it does not hold any more what it was taken of, or its pool is nearly full."""
         pool = self.origin.pool
         if pool is None:
-            told = run(["dmsetup", "status", _mapping(self.origin.group, self.name)]).text
+            told = run(["dmsetup", "status", _mapping(self.origin.group, self.name)], timeout=_PATIENCE).text
             if not is_whole(told):
                 raise UnavailableError(
                     f"the LVM snapshot of {self.origin} is full: more was written to the volume while it was read than "
@@ -154,6 +159,19 @@ class LvmSnapshot:
                 hint="Nothing is kept of this backup, and the snapshot is removed. Extend the pool (lvextend; "
                 "--poolmetadatasize for its metadata), or do without: --lvm-snapshots none.",
             )
+
+    def give_up(self) -> None:
+        """Remove a thin one at once, so that its pool has the room; who reads it gets errors from then on.
+
+        An ordinary one that is full was given up by the kernel, and its volume does not suffer from it. Raises
+        ProgramFailedError if that does not succeed; then `drop` tries again.
+        """
+        if self.origin.pool is None:
+            return
+        hidden = _hidden(self.origin.group, self.name)
+        if hidden.exists():
+            run(["dmsetup", "wipe_table", "--nolockfs", "--noudevsync", hidden.name], timeout=_PATIENCE)
+        _remove(self.origin.group, self.name)
 
     def drop(self, report: Report) -> None:
         """Remove it, if it is there; what LVM does not let go of is reported, and the next backup removes it."""
@@ -175,6 +193,7 @@ class LvmSnapshot:
             return
         self._taking = None
         try:
+            _unmap(self.origin.group, self.name)
             if _rows(f"lv_name={self.name}", self.origin.group):
                 _remove(self.origin.group, self.name)
         except ProgramFailedError as error:
@@ -218,6 +237,7 @@ def remove_left_behind(report: Report) -> None:
         name = f"{row['vg_name']}/{row['lv_name']}"
         report(Note(f"removing the LVM snapshot {name}, which a backup left that was killed"))
         try:
+            _unmap(row["vg_name"], row["lv_name"])
             _remove(row["vg_name"], row["lv_name"])
         except ProgramFailedError as error:
             report(Warn(f"it was not removed: {error.message}", hint=f"Remove it: lvremove {name}"))
@@ -240,7 +260,7 @@ def parse_pool(status: str) -> tuple[float, str]:
 
 
 def _probe_pool(name: str, device: Path) -> Pool:
-    told = run(["dmsetup", "status", "--noflush", mapping_name(device)]).text
+    told = run(["dmsetup", "status", "--noflush", mapping_name(device)], timeout=_PATIENCE).text
     return Pool(name, device, *parse_pool(told))
 
 
@@ -258,11 +278,15 @@ def _origin(row: Mapping[str, str], pool: Mapping[str, str] | None) -> Origin:
     )
 
 
-def _remove(group: str, name: str) -> None:
-    """Remove a snapshot, and what shows it. Raises ProgramFailedError, also if somebody reads it."""
-    hidden = Path("/dev/mapper", f"{_mapping(group, name)}-remetal")
+def _unmap(group: str, name: str) -> None:
+    """Remove what shows a thin snapshot, if anything does. Raises ProgramFailedError, also if somebody reads it."""
+    hidden = _hidden(group, name)
     if hidden.exists():
         run(["dmsetup", "remove", "--retry", hidden.name])
+
+
+def _remove(group: str, name: str) -> None:
+    """Remove a snapshot that nothing shows any more. Raises ProgramFailedError."""
     command = _command("lvremove", f"{group}/{name}")
     if not UnbrokenProgram(command).ends(_PATIENCE):
         raise ProgramFailedError(command, 0, "", ending=f"does not end within {_PATIENCE:g} s")
@@ -302,6 +326,11 @@ def _command(name: str, *words: str) -> list[str]:
 def _mapping(group: str, name: str) -> str:
     """Return how the kernel names the mapping of a volume."""
     return "-".join(part.replace("-", "--") for part in (group, name))
+
+
+def _hidden(group: str, name: str) -> Path:
+    """Return the mapping that shows a thin snapshot."""
+    return Path("/dev/mapper", f"{_mapping(group, name)}-remetal")
 
 
 def _dm_uuid(row: Mapping[str, str]) -> str:
