@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from remetal.errors import RefusedError
-from remetal.layout import disks
-from remetal.layout.disks import check_capturable, describe_use, find_disks, find_system_disks
+from remetal.layout.disks import check_capturable, describe_use
 from remetal.layout.model import Layout
 from remetal.layout.plan import PlanOptions, plan_restore
 from remetal.layout.probe import probe_layout
@@ -19,7 +18,7 @@ from remetal.layout.targets import probe_target
 from remetal.layout.uses import Use, disks_of_number
 from remetal.system.blockdev import Span
 from remetal.system.loop import attach_loop
-from remetal.system.mounts import Mount, mounted, parse_mountinfo
+from remetal.system.mounts import mounted
 from tests.real_disks import MIB, blank, fill, program
 
 START, SECTORS = 2048, 40960
@@ -120,45 +119,3 @@ def test_the_disk_behind_a_file(disk: Path) -> None:
     with attach_loop(Span(disk, START * 512, SECTORS * 512), writable=True) as device, mounted(device) as place:
         assert disks_behind(place / "lost+found") == disks_behind(disk)
     assert disks_behind(Path("/proc/self")) == set()
-
-
-def test_disks_of_this_machine() -> None:
-    names = {path.name for path in find_disks()}
-    assert not {name for name in names if name.startswith(("loop", "zram", "ram", "dm-", "sr"))}
-    try:
-        system = find_system_disks()
-    except RefusedError as error:
-        assert "--disk" in error.hint  # noqa: PT017 - a machine that runs from memory has none
-        return
-    assert set(system) <= set(find_disks())
-    assert {path.name for path in system} >= disks_behind(Path("/")) & names
-
-
-def test_a_root_that_is_no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container, whose disks are its host's."""
-    text = "22 1 0:44 / / rw,relatime - overlay overlay rw,lowerdir=/l,upperdir=/u,workdir=/w\n"
-    monkeypatch.setattr(disks, "probe_mounts", lambda: parse_mountinfo(text))
-    monkeypatch.setattr(disks, "probe_swaps", list)
-    with pytest.raises(RefusedError, match="its root is of the kind overlay") as raised:
-        find_system_disks()
-    assert "run remetal there" in raised.value.hint
-
-
-def test_a_disk_in_fstab_is_the_systems_unless_the_repository_is_mounted_from_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    root, other = (
-        Mount(f"/dev/sd{name}", place, "ext4", (8, number), read_only=False)
-        for name, place, number in (("a", Path("/"), 1), ("b", tmp_path, 17))
-    )
-    monkeypatch.setattr(disks, "probe_mounts", lambda: [root, other])
-    monkeypatch.setattr(disks, "find_mount_of", lambda path: other if path.is_relative_to(tmp_path) else root)
-    monkeypatch.setattr(disks, "numbers_of_mount", lambda mount: {mount.device})
-    monkeypatch.setattr(disks, "disks_of_number", lambda number: {"sda" if number[1] < 16 else "sdb"})
-    monkeypatch.setattr(disks, "probe_swaps", list)
-    monkeypatch.setattr(disks, "find_covered", dict)
-    monkeypatch.setattr(disks, "find_disk_names", lambda: ["sda", "sdb"])
-    monkeypatch.setattr(disks, "_fstab_places", lambda: ["/", str(tmp_path)])
-    both = [Path("/dev/sda"), Path("/dev/sdb")]
-    assert find_system_disks() == find_system_disks(Path("/srv/backup")) == both
-    assert find_system_disks(tmp_path / "backup") == both[:1]

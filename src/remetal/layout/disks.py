@@ -1,4 +1,4 @@
-"""The disks of this machine: all, those that the running system uses, and whether one may be captured now."""
+"""The disks of this machine: all of them, and whether one may be captured now."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from remetal.errors import RefusedError
 from remetal.layout.identity import SYS, describe_disk, find_kernel_name, find_parts
 from remetal.layout.model import Disk, FileSystem, GptTable, Layout, Luks, MbrTable, MdArray, SpaceId, Swap, VolumeGroup
 from remetal.layout.sameness import are_paths
-from remetal.layout.uses import Use, describe_use, disks_of_number, numbers_of_mount, probe_swaps
+from remetal.layout.uses import Use, describe_use
 from remetal.system.blockdev import is_block_device, open_disk
-from remetal.system.mounts import find_mount_of, probe_mounts
 
 _NO_DISKS = ("loop", "ram", "zram", "sr", "fd", "dm-", "md", "nbd", "mtdblock")
-_SYSTEM_PLACES = frozenset({"/", "/usr", "/boot", "/boot/efi", "/efi", "/var", "/home", "/opt", "/srv"})
 
 
 def find_disks(sys: Path = SYS) -> list[Path]:
@@ -23,7 +21,7 @@ def find_disks(sys: Path = SYS) -> list[Path]:
     A multipath device is a disk, its paths are not; a volume of a firmware RAID (Intel, DDF) is one, its members
     are not. Of several paths that nothing has joined, only the first counts.
     """
-    return [_device(name) for name in find_disk_names(sys)]
+    return [device_of(name) for name in find_disk_names(sys)]
 
 
 def find_disk_names(sys: Path = SYS) -> list[str]:
@@ -59,35 +57,7 @@ def describe_stand_in(path: Path, sys: Path = SYS) -> str:
     if not find_parts(stand_in, sys):
         return ""
     what = "a path of the multipath device" if stand_in.startswith("dm-") else "a member of the firmware RAID volume"
-    return f"it is {what} {_device(stand_in)}, which is to be named in its place"
-
-
-def find_system_disks(repository: Path | None = None) -> list[Path]:
-    """Return the disks that the running system uses: those under its own mounts, those in fstab, and its swap.
-
-    A disk that somebody mounted by hand is not among them, nor one that is in fstab because the folder `repository` is
-    mounted from it. Raises RefusedError if there is none: a recovery medium runs from memory.
-    """
-    places = set(_fstab_places())
-    if repository is not None:
-        places.discard(str(find_mount_of(repository).target))
-    places |= _SYSTEM_PLACES
-    numbers = {number for mount in probe_mounts() if str(mount.target) in places for number in numbers_of_mount(mount)}
-    names = {disk for number in numbers for disk in disks_of_number(number)}
-    for swap in probe_swaps():
-        if is_block_device(swap):
-            names |= _disks_of_device(swap)
-    covered = find_covered()
-    own = {covered.get(name, name) for name in names}
-    disks = [_device(name) for name in find_disk_names() if name in own]
-    if not disks:
-        on = next((mount.kind for mount in reversed(probe_mounts()) if mount.target == Path("/")), "")
-        where = f": its root is of the kind {on}, as in a container or a live system" if on else ""
-        raise RefusedError(
-            f"the running system uses no disk of its own{where}",
-            hint="Name the disks to back up with --disk; those of a container are its host's, so run remetal there.",
-        )
-    return disks
+    return f"it is {what} {device_of(stand_in)}, which is to be named in its place"
 
 
 def check_capturable(
@@ -170,7 +140,8 @@ def _names_with_size(sys: Path) -> list[str]:
     return sorted(names, key=_in_order)
 
 
-def _device(name: str) -> Path:
+def device_of(name: str) -> Path:
+    """Return the device with this kernel name."""
     return Path("/dev", name.replace("!", "/"))
 
 
@@ -216,23 +187,6 @@ def _space_at(layout: Layout, name: str, start: int) -> SpaceId:
     return name
 
 
-def _disks_of_device(path: Path) -> set[str]:
-    folder = SYS / "class" / "block" / find_kernel_name(path) / "dev"
-    if not folder.exists():
-        return set()
-    major, _, minor = folder.read_text().strip().partition(":")
-    return disks_of_number((int(major), int(minor)))
-
-
-def _fstab_places() -> list[str]:
-    try:
-        lines = Path("/etc/fstab").read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    fields = [line.split() for line in lines if not line.lstrip().startswith("#")]
-    return [each[1] for each in fields if len(each) >= 3]
-
-
 def _number_in(path: Path) -> int:
     try:
         return int(path.read_text())
@@ -240,4 +194,4 @@ def _number_in(path: Path) -> int:
         return 0
 
 
-__all__ = ["Use", "check_capturable", "describe_stand_in", "describe_use", "find_disks", "find_system_disks"]
+__all__ = ["Use", "check_capturable", "describe_stand_in", "describe_use", "find_disks"]

@@ -4,7 +4,7 @@ A disk that several paths lead to (multipath) and a volume that the firmware mak
 RAID) are each one disk here: the device that the kernel shows for it, never what it is made of.
 
 Sources: Linux Documentation/ABI (sysfs-block, sysfs-block-dm, sysfs-class-nvme), Documentation/admin-guide/md.rst,
-SPC-4 (vital product data page 80h), multipath(8).
+sysfs-devices-removable, SPC-4 (vital product data page 80h), multipath(8).
 """
 
 from __future__ import annotations
@@ -99,6 +99,15 @@ def find_kernel_name(path: Path) -> str:
         if place.exists():
             return place.resolve().name
     return path.resolve().name
+
+
+def is_fixed(name: str, sys: Path = SYS) -> bool:
+    """Whether the disk with this kernel name is built in and can be written to: no USB disk, card, or other medium."""
+    block = sys / "block" / name
+    place = block.resolve()
+    comes_and_goes = _text(block / "removable") == "1" or _text(block / "device/type") == "SD"
+    outside = any(_text(folder / "removable") == "removable" for folder in place.parents)
+    return not (comes_and_goes or outside or _text(block / "ro") == "1" or probe_identity(name, sys).bus == "usb")
 
 
 def find_own_name(name: str, sys: Path = SYS) -> str:

@@ -1,4 +1,4 @@
-"""What is mounted where, and mounting for the length of a block. Source: proc(5), /proc/PID/mountinfo."""
+"""What is mounted where, and mounting for the length of a block. Source: proc(5), /proc/PID/mountinfo; fstab(5)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MS_REC, _MS_SLAVE = 1 << 14, 1 << 19
 _MNT_DETACH = 2
 
 _PREFIX = "remetal-mount-"
-_ESCAPE = re.compile(r"\\([0-7]{3})")
+_ESCAPE = re.compile(rb"\\([0-7]{3})")
 _UMOUNT_TRIES = 15
 _UMOUNT_PAUSE = 0.2
 _SERVER_PATIENCE = 20.0
@@ -66,6 +66,16 @@ def parse_mountinfo(text: str) -> list[Mount]:
             )
         )
     return mounts
+
+
+def parse_fstab_places(text: str) -> list[Path]:
+    """Return the places where the text of an fstab has something mounted, as mountinfo writes them.
+
+    As libmount reads it: fields end at blanks and tabs only, and any byte of one may be written as an octal number.
+    """
+    fields = [re.split(r"[ \t]+", line.strip(" \t")) for line in text.split("\n")]
+    names = [_unescape(each[1]) for each in fields if len(each) > 1 and not each[0].startswith("#")]
+    return [Path(os.path.normpath(f"/{name.lstrip('/')}")) for name in names if name.startswith("/")]
 
 
 def probe_mounts() -> list[Mount]:
@@ -202,4 +212,5 @@ def _unmount(folder: Path) -> None:
 
 
 def _unescape(text: str) -> str:
-    return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), text)
+    """Return a name without its octal escapes, of which several may make up one character."""
+    return os.fsdecode(_ESCAPE.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), os.fsencode(text)))

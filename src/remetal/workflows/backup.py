@@ -17,7 +17,7 @@ from remetal.events import Note, Report, Step, Warn, silent
 from remetal.ids import short
 from remetal.image.live import Manner
 from remetal.image.snapshots import Policy
-from remetal.layout.disks import check_capturable, find_system_disks
+from remetal.layout.disks import check_capturable
 from remetal.layout.inventory import probe_inventory
 from remetal.layout.keys import Key
 from remetal.layout.layers import luks
@@ -25,6 +25,7 @@ from remetal.layout.model import Layer, Layout, Luks, SpaceId
 from remetal.layout.opened import span_of
 from remetal.layout.probe import Probed
 from remetal.layout.record import encode_layout
+from remetal.layout.system_disks import find_system_disks
 from remetal.pace import Pace
 from remetal.repository.catalog import read_vouched
 from remetal.repository.machines import MachineKeys, check_machine_name, check_state
@@ -133,7 +134,7 @@ def _back_up(
     began = time.monotonic()
     # The repository comes first: where it has to be mounted, its disk is then seen to be in use.
     with opened_store(request.repository, rate=request.limits.store) as opened:
-        disks = request.disks or tuple(find_system_disks(opened.folder))
+        disks = request.disks or tuple(find_system_disks(opened.folder, report))
         repository = open_repository(opened.store)
         report(Step(f"Looking at {', '.join(map(str, disks))}"))
         remove_left_behind(report)
