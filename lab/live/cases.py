@@ -47,6 +47,14 @@ CASES = (
 """Every database on every release, every kind of file system on everything that it may stand on."""
 
 
+def expected_way(case: LiveCase, volume: str) -> str:
+    """Return how a volume with a file system is to be captured: from a snapshot if it is a thin one, else tracked."""
+    thin = {
+        f"{folder}group/volume" for folder, place in zip(FOLDERS, case.places, strict=True) if place.on == "LVM-thin"
+    }
+    return "snapshot" if volume in thin else "tracked"
+
+
 TABLE = "label: gpt\n" + "size=400MiB\n" * 2 * len(FOLDERS)
 """The partitions of the machine's second disk, two for each volume, as sfdisk(8) wants them told."""
 

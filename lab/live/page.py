@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import median
 
@@ -25,9 +26,10 @@ fast as it can) works beside them. Meanwhile `remetal backup --freeze-limit {FRE
 machine uses: into an empty repository, gently (`{GENTLE}`) into another one, and into the first one again. Then the
 machine is switched off, its disks are wiped, the recovery medium restores them by itself, and the machine starts.
 
-What came back has to be every transaction that was acknowledged when the last backup began, none that was sent after
-its end, and of each client the first ones without a gap, in both tables; the database's own tool has to find no damage,
-and systemd no unit that failed.
+In each of the backups every file system has to be read from a snapshot if it lies on LVM-thin, else while the kernel
+told what was written to it (tracked). What came back has to be every transaction that was acknowledged when the last
+backup began, none that was sent after its end, and of each client the first ones without a gap, in both tables; the
+database's own tool has to find no damage, and systemd no unit that failed.
 """
 
 _TAIL = """
@@ -46,7 +48,7 @@ _TAIL = """
 
 def render_page(seen: Sequence[Seen], kills: Kills, held: Held) -> str:
     """Return the page as Markdown, once ROUNDS of each of the PAIRS were compared and nothing was missed."""
-    places = (*(f"/{folder} on" for folder in FOLDERS), "in use", "held for", "took", "gently")
+    places = (*(f"/{folder} on" for folder in FOLDERS), "read", "in use", "held for", "took", "gently")
     rates = (
         "a second before",
         "meanwhile",
@@ -78,8 +80,10 @@ def render_page(seen: Sequence[Seen], kills: Kills, held: Held) -> str:
 def _backup(seen: Seen) -> list[str]:
     case = next(each for each in CASES if each.name == seen.case)
     places = [f"{place.kind}, {place.on}" for place in case.places]
+    ways = Counter(way for backup in seen.ways for way in backup.values())
+    read = ", ".join(f"{count} {way}" for way, count in ways.most_common())
     figures = [format_bytes(seen.used), f"{seen.pause:.1f} s", f"{seen.seconds:.0f} s", f"{seen.gentle_seconds:.0f} s"]
-    return [seen.case, f"{case.database}, Debian {case.suite}", *places, *figures]
+    return [seen.case, f"{case.database}, Debian {case.suite}", *places, read, *figures]
 
 
 def _transactions(seen: Seen) -> list[str]:

@@ -23,6 +23,12 @@ _SIZE, _FILE = 3 * GIB, GIB
 _WRITE = 64 * 1024
 
 
+LEAST = 45 * 10**6
+"""Bytes a second that have to be written at least, so that the measurement counts."""
+LONGEST = 2.0
+"""Seconds for which the file system may be held."""
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """For how many seconds the file system was held, by backup, and how many bytes a second were written meanwhile."""
@@ -34,7 +40,8 @@ class Held:
 def hold_while_written(work: Path, backups: int = 5) -> Held:
     """Back up an ext4 with a file of 1 GiB that is overwritten at random places at RATE, and made durable each second.
 
-    Returns the pauses in ascending order. Raises CalledProcessError if a backup fails.
+    Returns the pauses in ascending order. Raises CalledProcessError if a backup fails; AssertionError if the kernel did
+    not tell what was written, fewer than LEAST bytes a second were, or the file system was held for LONGEST or more.
     """
     program = Program(work)
     with fresh_disk(work / "disk.img", _SIZE) as device, mounted(device) as folder:
@@ -46,7 +53,12 @@ def hold_while_written(work: Path, backups: int = 5) -> Held:
             words = ("backup", "--disk", device, "--json", "--quiet")
             told = [json.loads(program.run(*words)) for _ in range(backups)]
             rate = (written[0] - before) / (time.monotonic() - began)
-    return Held(tuple(sorted(each["pause"] for each in told)), rate)
+    ways = [each["way"] for backup in told for each in backup["volumes"]]
+    held = Held(tuple(sorted(each["pause"] for each in told)), rate)
+    assert ways == ["tracked"] * backups, f"the file system was captured in other ways: {ways}"
+    assert rate >= LEAST, f"only {rate:.0f} bytes a second were written"
+    assert held.pauses[-1] < LONGEST, f"the file system was held for {held.pauses} seconds"
+    return held
 
 
 @contextmanager

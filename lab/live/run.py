@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lab.live.cases import KEY, TABLE, LiveCase, plan_database, plan_storage
+from lab.live.cases import KEY, TABLE, LiveCase, expected_way, plan_database, plan_storage
 from lab.live.clients import find_shell, look_for_damage, make_tables, making_noise, read_ledger
 from lab.live.guest import Guest, find_ports, make_disk, make_tools, plan_tools, started_guest
 from lab.live.ledger import Client, check, committing
 from lab.recovery import FAILED, PASSPHRASE, RECOVERED
 from remetal.events import Report, Step
+from remetal.image.live import FROZEN_KINDS
 from remetal.system.blockdev import Span
 from remetal.system.loop import attach_loop
 from remetal.system.mounts import mounted
@@ -47,7 +48,8 @@ class Seen:
 
     Transactions a second: `before`, `during` the first backup of everything, and during another one that was `gentle`.
     `least` transactions had been acknowledged when the last backup began, `most` were sent before it ended, and
-    `found` are those that came back: of all clients together. `waited` is the longest that one of them waited.
+    `found` are those that came back: of all clients together. `waited` is the longest that one of them waited. `ways`
+    are how each backup captured each volume that has a file system.
     """
 
     case: str
@@ -64,6 +66,7 @@ class Seen:
     found: int
     most: int
     checked_by: str
+    ways: tuple[dict[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ class _Backup:
     during: float
     gently: float
     waited: float
+    ways: tuple[dict[str, str], ...]
 
 
 def run_case(case: LiveCase, work: Path, medium: Path, report: Report) -> Seen:
@@ -130,6 +134,7 @@ def run_case(case: LiveCase, work: Path, medium: Path, report: Report) -> Seen:
         found=sum(found.values()),
         most=sum(backup.sent),
         checked_by=checked_by,
+        ways=backup.ways,
     )
 
 
@@ -159,7 +164,17 @@ def _back_up(case: LiveCase, guest: Guest, report: Report) -> _Backup:
         told.append(guest.call(backup))
         sent, waited = tuple(each.sent for each in clients), max(each.waited for each in clients)
     first, gentle, second = map(json.loads, told)
-    return _Backup(first, gentle, second, acknowledged, sent, before, during, gently, waited)
+    ways = tuple(_find_ways(case, each) for each in (first, gentle, second))
+    return _Backup(first, gentle, second, acknowledged, sent, before, during, gently, waited, ways)
+
+
+def _find_ways(case: LiveCase, told: dict[str, Any]) -> dict[str, str]:
+    """Return how a backup captured each volume with a file system. Raises AssertionError if it should be otherwise."""
+    ways = {each["volume"]: each["way"] for each in told["volumes"] if each["kind"] in FROZEN_KINDS}
+    expected = {volume: expected_way(case, volume) for volume in ways}
+    assert ways == expected, f"the volumes were captured as {ways}, not {expected}"
+    assert len(ways) > len(case.places), f"these are not all volumes: {ways}"
+    return ways
 
 
 def _rate(clients: list[Client], work: Callable[[], object]) -> float:

@@ -84,6 +84,8 @@ def test_partitions_that_are_written_to_are_of_one_moment(medium: Medium, disk: 
             running.wait_for(PROMPT, 30)
         told = json.loads(run_there(running, "cat /run/told"))
         assert 0 < told["pause"] < 10
+        ways = {each["kind"]: each["way"] for each in told["volumes"]}
+        assert ways == {"ext4": "tracked", "xfs": "tracked", "vfat": "read-only"}
         sleep_amid_backups(running)
         run_there(running, "echo changed > /run/third/file")  # it is writable again
         run_there(running, "touch /run/stop; sleep 1; umount /run/first /run/second /run/third /run/vault")

@@ -70,6 +70,17 @@ for each in mapper/secret vg/linear vg/thin md/parity vg/striped md/mirror vda6;
 done
 """
 
+WAYS = {
+    "vda:1:luks": "tracked",
+    "vg/linear": "tracked",
+    "vg/thin": "snapshot",
+    "md/parity": "tracked",
+    "vg/striped": "tracked",
+    "md/mirror": "tracked",
+    "vda:6": "tracked",
+}
+"""How each of the file systems is read, by its volume."""
+
 CLOSE = """
 set -eux
 umount /run/m?
@@ -137,6 +148,9 @@ def test_stacks_that_are_written_to_are_of_one_moment(medium: Medium, tmp_path: 
         told = json.loads(read_from(vault, f"told-{number}"))
         assert 0 < told["pause"] < 10
         assert told["used"] < DISK_SIZE
+        ways = {each["volume"]: each["way"] for each in told["volumes"]}
+        assert {volume: ways.pop(volume, "missing") for volume in WAYS} == WAYS
+        assert set(ways.values()) <= {"at rest"}, "as the header of the LUKS container is"
 
 
 def read_from(disk: Path, name: str) -> str:

@@ -96,6 +96,7 @@ def test_what_was_committed_comes_back_and_nothing_is_torn(
                 told = site.remetal("backup", *words, "--json").json
                 after = [each.sent for each in clients]
     assert 0 < told["pause"] < 10
+    assert [each["way"] for each in told["volumes"]] == ["tracked"] * len(FOLDERS)
     back.mkdir()
     maps = [word for name, disk in zip(FOLDERS, names, strict=True) for word in ("--map", f"{disk}={back / name}.img")]
     site.remetal("restore", "latest", *maps, "--yes")

@@ -19,7 +19,7 @@ import pytest
 from lab.disk import fresh_disk
 from lab.live import PAIRS, ROUNDS
 from remetal.errors import RefusedError, UnavailableError
-from remetal.events import Event, Note, Step
+from remetal.events import Event, Note, Report, Step, silent
 from remetal.image import live
 from remetal.image.extents import probe_used, probe_used_spanning
 from remetal.image.live import LiveVolume, Manner, Pause, capture_live
@@ -132,12 +132,17 @@ def copied_while_frozen(volume: LiveVolume, copies: Copies) -> LiveVolume:
 
 
 def back_up(site: Site, found: list[LiveVolume], *, spools_wait: bool = False) -> Snapshot:
-    return back_up_and_tell(site, found, spools_wait=spools_wait)[0]
+    """Back up volumes of which the kernel tells what is written to them."""
+    snapshot, pause = back_up_and_tell(site, found, spools_wait=spools_wait)
+    assert pause.tracked
+    return snapshot
 
 
-def back_up_and_tell(site: Site, found: list[LiveVolume], *, spools_wait: bool = False) -> tuple[Snapshot, Pause]:
+def back_up_and_tell(
+    site: Site, found: list[LiveVolume], *, spools_wait: bool = False, report: Report = silent
+) -> tuple[Snapshot, Pause]:
     with open_session(site.repository, site.keys) as session:
-        _, pause = capture_live(session, found, Manner(60, spools_wait=spools_wait))
+        _, pause = capture_live(session, found, Manner(60, spools_wait=spools_wait), report)
         return session.commit(layout=b'{"version": 1}', hostname="web.example"), pause
 
 
@@ -185,11 +190,14 @@ def test_all_volumes_are_of_one_moment(
 ) -> None:
     monkeypatch.setattr(live, "_FEW", MIB)  # so that there are rounds
     monkeypatch.setattr(tracing, "_events_of", lambda number: events)
+    said: list[Event] = []
     with volumes(tmp_path, *kinds) as found:
         for number in range(rounds):
             copies: Copies = {}
             with Load([each.folder for each in found], number):
-                snapshot = back_up(site, [copied_while_frozen(each, copies) for each in found])
+                copied = [copied_while_frozen(each, copies) for each in found]
+                snapshot, pause = back_up_and_tell(site, copied, report=said.append)
+            assert pause.tracked, f"round {number}"
             data = restored(site, snapshot)
             for each in found:
                 copy, used = copies[each.volume]
@@ -198,6 +206,9 @@ def test_all_volumes_are_of_one_moment(
             first, second = look_into(tmp_path, found, data)
             assert first - second in {0, 1}, "the second volume is of another moment"
             assert first > 0
+    again = [each for each in said if isinstance(each, Step) and "again that were written meanwhile" in each.title]
+    told = events is tracing._REQUESTS  # else all seems to be under way until they are held
+    assert len(again) >= rounds if told else not again, f"{len(again)} times something was read again"
 
 
 def test_what_is_deleted_is_not_kept(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
