@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import random
@@ -15,6 +17,7 @@ from lab.disk import fresh_disk
 from lab.live.program import Program
 from remetal.system.mounts import mounted
 from remetal.system.run import find_program
+from remetal.system.watchdog import FIFREEZE, FITHAW
 from remetal.units import MIB
 
 KILLS = 20
@@ -26,35 +29,41 @@ _WRITE = "import os, sys; file = open(sys.argv[1], 'wb'); file.write(b'x'); file
 
 @dataclass(frozen=True, slots=True)
 class Kills:
-    """How many backups were killed, and the longest that a writer then waited, in seconds."""
+    """How many backups were killed, and the longest that a writer waited, in seconds: after that, and altogether."""
 
     count: int
     longest: float
+    altogether: float
 
 
 def kill_while_held(work: Path, seed: int) -> Kills:
     """Kill backups of a file system in use at random moments while they hold it, and write to it each time.
 
-    Every other one is killed in the hold that counts, the rest in the one before it. Raises AssertionError if one that
-    was killed is listed, TimeoutExpired if somebody waited for longer than LIMIT.
+    Every other one is killed in the hold that counts, the rest in the one before it. Raises AssertionError if nothing
+    was frozen when one was killed, or one that was killed is listed; TimeoutExpired if the file system was frozen for
+    longer than LIMIT.
     """
     dice = random.Random(seed)
-    longest = 0.0
+    longest, altogether = 0.0, 0.0
     program = Program(work, _make_slow(work))
     with fresh_disk(work / "disk.img", _SIZE) as device, mounted(device) as folder:
         for number in range(KILLS):
             (work / "hold").write_text(str(number % 2 + 1))
-            longest = max(longest, _kill_one(program, work, device, folder, dice.uniform(0, LIMIT / 2)))
+            killed, waited = _kill_one(program, work, device, folder, dice.uniform(0, LIMIT / 2))
+            longest, altogether = max(longest, waited - killed), max(altogether, waited)
             assert json.loads(program.run("snapshots", "--json")) == [], (
                 f"the backup that was killed as number {number}"
             )
         program.environment["PATH"] = os.environ["PATH"]
         program.run("backup", "--disk", device, "--quiet")
-    return Kills(KILLS, longest)
+    return Kills(KILLS, longest, altogether)
 
 
-def _kill_one(program: Program, work: Path, device: Path, folder: Path, after: float) -> float:
-    """Kill a backup some seconds after it has begun to hold, and return for how long a writer waits after that."""
+def _kill_one(program: Program, work: Path, device: Path, folder: Path, after: float) -> tuple[float, float]:
+    """Kill a backup some seconds after the file system was seen to be frozen.
+
+    Returns when it was killed and when a writer that waited since then could write, in seconds after that.
+    """
     begun = work / "begun"
     for each in (begun, work / "looks"):
         each.unlink(missing_ok=True)
@@ -62,11 +71,35 @@ def _kill_one(program: Program, work: Path, device: Path, folder: Path, after: f
         while not begun.exists():
             assert process.poll() is None, "the backup ended before it held anything"
             time.sleep(0.01)
-        time.sleep(after)
-        process.kill()
-        killed = time.monotonic()
-        subprocess.run([sys.executable, "-c", _WRITE, folder / "after"], check=True, timeout=LIMIT + 1)
-    return time.monotonic() - killed
+        seen = time.monotonic()
+        with subprocess.Popen([sys.executable, "-c", _WRITE, folder / "after"]) as writer:
+            time.sleep(after)
+            _need_frozen(folder)
+            process.kill()
+            killed = time.monotonic() - seen
+            try:
+                code = writer.wait(seen + LIMIT - time.monotonic())
+            except subprocess.TimeoutExpired:
+                writer.kill()
+                raise
+            waited = time.monotonic() - seen
+    assert code == 0, "the writer failed"
+    return killed, waited
+
+
+def _need_frozen(folder: Path) -> None:
+    """Raise AssertionError if a file system is not frozen: then the kernel would let us freeze it."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.ioctl(fd, FIFREEZE, 0)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+    else:
+        fcntl.ioctl(fd, FITHAW, 0)
+        raise AssertionError("the file system was not frozen when the backup was to be killed")
+    finally:
+        os.close(fd)
 
 
 def _make_slow(work: Path) -> Path:

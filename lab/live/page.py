@@ -36,7 +36,8 @@ _TAIL = """
 ## Killed, and compared
 
 - {kills.count} backups were killed (SIGKILL) at random moments in one of the two holds, with a limit of
-  {limit:.0f} s. Who wrote there waited for {kills.longest:.1f} s at most after that; none of the backups is listed.
+  {limit:.0f} s, each while the file system was frozen. Who wrote there waited for {kills.longest:.1f} s at most after
+  that, and for {kills.altogether:.1f} s since it was frozen; none of the backups is listed.
 - {backups} backups were made of an ext4 on which {rate} a second were written, at random places and made durable each
   second: it was held for {held:.2f} s in the median, and for {most:.2f} s at most.
 - {rounds} backups of each of the pairs {pairs} under random writes were compared with
