@@ -50,14 +50,20 @@ class Guest:
 
     def call(self, command: str, *, timeout: float = 900, text: str = "") -> str:
         """Run a command there as root and return what it prints. Raises RemetalError with what it said."""
-        options = ("StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "BatchMode=yes")
-        argv = ["ssh", "-i", str(self.key), "-p", str(self.ssh_port), *(f"-o{each}" for each in options)]
-        done = subprocess.run(
-            [*argv, "root@127.0.0.1", command], input=text, capture_output=True, text=True, timeout=timeout, check=False
-        )
+        argv = self._argv(command)
+        done = subprocess.run(argv, input=text, capture_output=True, text=True, timeout=timeout, check=False)
         if done.returncode != 0:
             raise RemetalError(f"`{command}` ended with {done.returncode}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
         return done.stdout
+
+    def start(self, command: str) -> subprocess.Popen[bytes]:
+        """Start a command there as root, and return the process here that it talks to."""
+        return subprocess.Popen(self._argv(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def _argv(self, command: str) -> list[str]:
+        options = ("StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "BatchMode=yes")
+        argv = ["ssh", "-i", str(self.key), "-p", str(self.ssh_port), *(f"-o{each}" for each in options)]
+        return [*argv, "root@127.0.0.1", command]
 
     def await_ssh(self, seconds: float) -> None:
         """Wait until it lets us in."""

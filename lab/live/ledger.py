@@ -10,6 +10,7 @@ from __future__ import annotations
 import subprocess
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import IO, TypeAlias
@@ -37,6 +38,8 @@ class Client:
         self.acknowledged = 0
         self.waited = 0.0
         """The longest that an acknowledgement took, in seconds."""
+        self._sent_at: list[float] = []
+        self._acknowledged_at: list[float] = []
         self._shell = shell
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._commit, name=f"client-{number}")
@@ -50,6 +53,10 @@ class Client:
         self._ended.set()
         self._thread.join()
 
+    def at(self, moment: float) -> tuple[int, int]:
+        """Return how many transactions had been acknowledged, and how many sent, by a moment of time.monotonic()."""
+        return bisect_right(self._acknowledged_at, moment), bisect_right(self._sent_at, moment)
+
     def _commit(self) -> None:
         pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
         with subprocess.Popen(self._shell, stdin=pipe, stdout=pipe, stderr=quiet) as process:
@@ -57,11 +64,13 @@ class Client:
             assert process.stdout is not None
             while not self._ended.is_set():
                 began = time.monotonic()
+                self._sent_at.append(began)
                 self.sent += 1
                 if not _ask(process.stdin, process.stdout, self._transaction(self.sent), self.sent):
                     return  # the database is gone, with or without this transaction
                 self.acknowledged = self.sent
-                self.waited = max(self.waited, time.monotonic() - began)
+                self._acknowledged_at.append(time.monotonic())
+                self.waited = max(self.waited, self._acknowledged_at[-1] - began)
 
     def _transaction(self, number: int) -> str:
         who, account = self.number, number % ACCOUNTS

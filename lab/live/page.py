@@ -27,9 +27,11 @@ machine uses: into an empty repository, gently (`{GENTLE}`) into another one, an
 machine is switched off, its disks are wiped, the recovery medium restores them by itself, and the machine starts.
 
 In each of the backups every file system has to be read from a snapshot if it lies on LVM-thin, else while the kernel
-told what was written to it (tracked). What came back has to be every transaction that was acknowledged when the last
-backup began, none that was sent after its end, and of each client the first ones without a gap, in both tables; the
-database's own tool has to find no damage, and systemd no unit that failed.
+told what was written to it (tracked). A hook in the last backup, which runs while everything is frozen, waits until it
+is written down outside what was acknowledged and sent by then (with LVM-thin one runs right before, and one right
+after). What came back has to be every transaction that was acknowledged, none that was not sent yet, and of each client
+the first ones without a gap, in both tables; the database's own tool has to find no damage, and systemd no unit that
+failed.
 """
 
 _TAIL = """

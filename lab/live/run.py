@@ -13,6 +13,7 @@ from lab.live.cases import KEY, TABLE, LiveCase, expected_way, plan_database, pl
 from lab.live.clients import find_shell, look_for_damage, make_tables, making_noise, read_ledger
 from lab.live.guest import Guest, find_ports, make_disk, make_tools, plan_tools, started_guest
 from lab.live.ledger import Client, check, committing
+from lab.live.moment import HOOKS, find_phases, noting, plan_moment
 from lab.recovery import FAILED, PASSPHRASE, RECOVERED
 from remetal.events import Report, Step
 from remetal.image.live import FROZEN_KINDS
@@ -47,9 +48,9 @@ class Seen:
     """What came of a case. Times in seconds, sizes in bytes.
 
     Transactions a second: `before`, `during` the first backup of everything, and during another one that was `gentle`.
-    `least` transactions had been acknowledged when the last backup began, `most` were sent before it ended, and
-    `found` are those that came back: of all clients together. `waited` is the longest that one of them waited. `ways`
-    are how each backup captured each volume that has a file system.
+    At the moment of the last backup `least` transactions had been acknowledged and `most` were sent (as lab.live.moment
+    knows it), and `found` are those that came back: of all clients together. `waited` is the longest that one of them
+    waited. `ways` are how each backup captured each volume that has a file system.
     """
 
     case: str
@@ -71,7 +72,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class _Backup:
-    """What was told of the backups, what each client had acknowledged and sent around the last, and the rates."""
+    """What was told of the backups, what each client had acknowledged and sent at the last's moment, and the rates."""
 
     first: dict[str, Any]
     gentle: dict[str, Any]
@@ -141,7 +142,7 @@ def run_case(case: LiveCase, work: Path, medium: Path, report: Report) -> Seen:
 def _back_up(case: LiveCase, guest: Guest, report: Report) -> _Backup:
     """Set the machine to work, and back it up, all of it; one that is emulated is held for longer than others."""
     report(Step("Making its storage, and the database"))
-    for script in (plan_tools("/dev/vdd"), plan_storage(case), plan_database(case)):
+    for script in (plan_tools("/dev/vdd"), plan_storage(case), plan_database(case), plan_moment(case)):
         guest.call("bash -s", text=script)
     remetal = "REMETAL_REPO=/vault/backup remetal"
     backup = f"{remetal} backup --json --freeze-limit {FREEZE_LIMIT}"
@@ -160,12 +161,14 @@ def _back_up(case: LiveCase, guest: Guest, report: Report) -> _Backup:
         report(Step(f"Backing it up gently; meanwhile there were {during:.1f} transactions a second"))
         gently = _rate(clients, lambda: told.append(guest.call(f"{backup} {GENTLE} --repo /vault/gentle")))
         report(Step(f"Backing it up again; meanwhile there were {gently:.1f} transactions a second"))
-        acknowledged = tuple(each.acknowledged for each in clients)
-        told.append(guest.call(backup))
-        sent, waited = tuple(each.sent for each in clients), max(each.waited for each in clients)
+        with noting(guest, clients) as notes:
+            told.append(guest.call(f"{backup} --hooks {HOOKS}"))
+        waited = max(each.waited for each in clients)
     first, gentle, second = map(json.loads, told)
     ways = tuple(_find_ways(case, each) for each in (first, gentle, second))
-    return _Backup(first, gentle, second, acknowledged, sent, before, during, gently, waited, ways)
+    phases = tuple(each.phase for each in notes)
+    assert phases == find_phases(case), f"the last backup told of these phases: {phases}"
+    return _Backup(first, gentle, second, notes[0].acknowledged, notes[-1].sent, before, during, gently, waited, ways)
 
 
 def _find_ways(case: LiveCase, told: dict[str, Any]) -> dict[str, str]:
