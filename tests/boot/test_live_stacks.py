@@ -11,7 +11,7 @@ import pytest
 
 from lab import CHECKOUT
 from remetal.media.build import Medium
-from remetal.units import MIB
+from remetal.units import GIB, MIB
 from remetal.vm.machine import Drive, Machine
 from remetal.vm.qemu import start_machine
 from tests.boot.test_medium import MENU, PATIENCE, PROMPT, run_there
@@ -109,7 +109,7 @@ def test_stacks_that_are_written_to_are_of_one_moment(medium: Medium, tmp_path: 
             file.truncate(size)
     subprocess.run(["mkfs.ext4", "-q", "-d", scripts, vault], check=True)
     drives = (Drive(disk, serial="LIVE-1", durable=False), Drive(vault, serial="VAULT-1", durable=False))
-    machine = Machine(cdrom=medium.path, boot="cdrom", drives=drives)
+    machine = Machine(memory=2 * GIB, cdrom=medium.path, boot="cdrom", drives=drives)  # to be tracked needs room
     with start_machine(machine, tmp_path / "vm") as running:
 
         def run_long(command: str) -> None:
