@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from remetal.errors import UnavailableError, UsageError
 from remetal.pace import Pace
+from remetal.storage.address import split_address
 from remetal.storage.limit import LimitedStore
 from remetal.storage.local import LocalStore
 from remetal.storage.retry import RetryingStore
@@ -43,7 +44,7 @@ _LEAST_RATE = 10 * KIB
 
 
 def _open_file(location: str) -> Store:
-    parts = urlsplit(location)
+    parts = split_address(location, "file:///absolute/path", secrets="A folder of this machine needs none.")
     if parts.netloc not in {"", "localhost"} or not parts.path.startswith("/"):
         raise UsageError(f"'{location}' is not a folder of this machine", hint="Write file:///absolute/path.")
     return LocalStore(Path(unquote(parts.path)), location)

@@ -15,7 +15,8 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 import msgspec
 import urllib3
 
-from remetal.errors import DamagedError, RefusedError, UnavailableError, UsageError
+from remetal.errors import DamagedError, RefusedError, UnavailableError
+from remetal.storage.address import split_address
 from remetal.storage.store import Entry, NotFoundError, Pieces, check_name, is_name
 
 _TIMEOUT = urllib3.Timeout(connect=20.0, read=60.0)
@@ -37,14 +38,8 @@ class HttpStore:
     """The store of `remetal.storage.store` behind `http://` or `https://`, read-only."""
 
     def __init__(self, location: str) -> None:
-        parts = urlsplit(location)
-        if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment:
-            raise UsageError(f"'{location}' is not a folder on a web server", hint="Write https://HOST/FOLDER.")
-        if parts.password is not None or parts.username is not None:
-            raise UsageError(
-                "an address must not hold a password: others see it in the list of processes",
-                hint="Let the server allow this machine's address, or use sftp:// or s3://.",
-            )
+        secrets = "Let the server allow this machine's address without a password, or use sftp:// or s3://."
+        split_address(location, "https://HOST/FOLDER", secrets=secrets)
         self._location = location
         self._root = location.rstrip("/") + "/"
         self._pool = urllib3.PoolManager(maxsize=_CONNECTIONS, timeout=_TIMEOUT, retries=False)

@@ -14,6 +14,7 @@ markers that say it is deleted, change nothing. Objects below `locks/` come and 
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -24,7 +25,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import botocore.exceptions
 import botocore.session
@@ -33,6 +34,7 @@ import obstore.exceptions
 import obstore.store
 
 from remetal.errors import RefusedError, UnavailableError, UsageError
+from remetal.storage.address import split_address
 from remetal.storage.store import (
     AlreadyExistsError,
     Entry,
@@ -60,6 +62,7 @@ _PROBE = ".remetal/conditional"
 _KNOWN_VERSIONS = 1 << 17
 """Of how many objects the version that counts is remembered."""
 _DEFAULT_REGION = "us-east-1"
+_BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)
 _TAKEN = {"PreconditionFailed", "412"}
 _DENIED = {"AccessDenied", "AllAccessDisabled", "InvalidRequest"}
 
@@ -78,12 +81,13 @@ class S3Store:
     """The store of `remetal.storage.store` in a bucket, or below a prefix of it."""
 
     def __init__(self, location: str) -> None:
-        parts = urlsplit(location)
+        secrets = "Keys belong into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws/credentials and AWS_PROFILE."
+        parts = split_address(location, "s3://BUCKET/PREFIX", secrets=secrets)
         prefix = unquote(parts.path).strip("/")
-        if parts.scheme != "s3" or not parts.netloc or parts.query or (prefix and not is_name(prefix)):
+        if not _BUCKET.fullmatch(parts.netloc) or (prefix and not is_name(prefix)):
             raise UsageError(
-                f"'{location}' is not a place in a bucket",
-                hint="Write s3://BUCKET or s3://BUCKET/PREFIX, in lower case; keys come from the environment.",
+                "the address of the repository is not a place in a bucket",  # what stands in it may be a key
+                hint=f"Write s3://BUCKET or s3://BUCKET/PREFIX, the prefix in lower case. {secrets}",
             )
         self._location, self._bucket = location, parts.netloc
         self._prefix = f"{prefix}/" if prefix else ""

@@ -18,11 +18,12 @@ from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import asyncssh
 
 from remetal.errors import RefusedError, UnavailableError, UsageError
+from remetal.storage.address import split_address
 from remetal.storage.store import AlreadyExistsError, Entry, NotFoundError, Pieces, check_name, is_name
 
 _TEMPORARY = ".tmp"
@@ -39,18 +40,12 @@ class SftpStore:
     """The store of `remetal.storage.store` on an SFTP server. It connects with the first call, and again if it must."""
 
     def __init__(self, location: str) -> None:
-        parts = urlsplit(location)
-        try:
-            port = parts.port
-        except ValueError as error:
-            raise UsageError(f"'{location}' has no port that can be") from error
+        example, secrets = "sftp://USER@HOST/FOLDER", "Keys are used as ssh uses them, or REMETAL_SSH_KEY names one."
+        parts = split_address(location, example, secrets=secrets, user=True)
         folder = unquote(parts.path)
-        if parts.scheme != "sftp" or not parts.hostname or not folder.strip("/") or parts.password is not None:
-            raise UsageError(
-                f"'{_without_password(location)}' is not a folder on an SFTP server",
-                hint="Write sftp://USER@HOST/FOLDER, without a password; keys are used as ssh uses them.",
-            )
-        self._host, self._port, self._user = parts.hostname, port, unquote(parts.username or "")
+        if parts.hostname is None or not folder.strip("/"):
+            raise UsageError(f"'{location}' is not a folder on an SFTP server", hint=f"Write {example}.")
+        self._host, self._port, self._user = parts.hostname, parts.port, unquote(parts.username or "")
         # what follows `/~/` counts from the user's home, as in Git's addresses
         self._root = PurePosixPath(folder.removeprefix("/~/"))
         self._location = location
@@ -290,10 +285,3 @@ class SftpStore:
                 f"{self._location} failed at '{name}': {str(error) or type(error).__name__}",
                 hint="Is the host up, and the folder's disk not full? Then run the command again.",
             ) from error
-
-
-def _without_password(location: str) -> str:
-    parts = urlsplit(location)
-    if parts.password is None:
-        return location
-    return location.replace(f":{parts.password}@", ":…@")

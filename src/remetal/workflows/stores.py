@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import SplitResult, unquote
 
 from remetal.errors import RefusedError, UnavailableError, UsageError
 from remetal.media.answer import parse_place
 from remetal.media.volumes import AttachedVolume, opened_volume, probe_volumes, select_volume
 from remetal.storage import Store, find_folder, open_folder, open_store
+from remetal.storage.address import split_address
 from remetal.system.shares import NFS_PORT, SMB_PORT, NfsShare, SmbShare, mounted_nfs, mounted_smb
 
 VOLUME_SECONDS = 10.0
@@ -88,17 +89,17 @@ def _await_volume(location: str) -> AttachedVolume:
 
 
 def _mounted_nfs(location: str, read_only: bool) -> AbstractContextManager[Path]:
-    parts = _split(location, "nfs://HOST/EXPORTED/FOLDER")
+    secrets = "An NFS server knows machines by their addresses, and no passwords."
+    parts = split_address(location, "nfs://HOST/EXPORTED/FOLDER", secrets=secrets)
     path = _path_of(location, parts)
-    if parts.username is not None:
-        raise UsageError(f"'{location}' is not a folder on an NFS server", hint="Write nfs://HOST/EXPORTED/FOLDER.")
     assert parts.hostname is not None
     share = NfsShare(parts.hostname, f"/{path}", parts.port or NFS_PORT)
     return mounted_nfs(share, read_only=read_only)
 
 
 def _mounted_smb(location: str, read_only: bool) -> AbstractContextManager[Path]:
-    parts = _split(location, "smb://USER@HOST/SHARE/FOLDER")
+    secrets = "The password belongs into REMETAL_SMB_PASSWORD, or a file that REMETAL_SMB_CREDENTIALS names."
+    parts = split_address(location, "smb://USER@HOST/SHARE/FOLDER", secrets=secrets, user=True)
     share, _, path = _path_of(location, parts).partition("/")
     if not share:
         raise UsageError(f"'{location}' does not say which share", hint="Write smb://USER@HOST/SHARE/FOLDER.")
@@ -106,23 +107,6 @@ def _mounted_smb(location: str, read_only: bool) -> AbstractContextManager[Path]
     assert parts.hostname is not None
     port = parts.port or SMB_PORT
     return mounted_smb(SmbShare(parts.hostname, share, path, port, user, domain, password), read_only=read_only)
-
-
-def _split(location: str, example: str) -> SplitResult:
-    """Split an address. Raises UsageError if it is none, without showing a password that stands in it."""
-    try:
-        parts = urlsplit(location)
-        port = parts.port
-    except ValueError as error:
-        raise UsageError("the address of the repository is not a good one", hint=f"Write {example}.") from error
-    if parts.password is not None:
-        raise UsageError(
-            "a password must not stand in the address of a repository: everybody on this machine reads it",
-            hint="Set REMETAL_SMB_PASSWORD, or name a file in REMETAL_SMB_CREDENTIALS.",
-        )
-    if not parts.hostname or parts.query or parts.fragment or port == 0:
-        raise UsageError(f"'{location}' is not the address of a repository", hint=f"Write {example}.")
-    return parts
 
 
 def _path_of(location: str, parts: SplitResult) -> str:
