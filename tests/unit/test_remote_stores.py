@@ -13,6 +13,7 @@ from pathlib import Path
 import asyncssh
 import pytest
 
+from remetal import storage
 from remetal.errors import RefusedError, RemetalError, UnavailableError, UsageError
 from remetal.pace import Pace
 from remetal.repository.catalog import open_catalog
@@ -27,6 +28,7 @@ from remetal.system.blockdev import Span
 from remetal.system.loop import attach_loop
 from remetal.system.mounts import mounted
 from remetal.units import MIB
+from remetal.workflows.stores import opened_store
 from tests.repositories import MemoryStore, Site, backup, make_site, restore
 from tests.servers import SshServer, free_port, make_certificate, running_handler, running_nginx, running_sshd
 
@@ -415,6 +417,30 @@ def test_the_limit_holds_on_the_long_run() -> None:
     for number in range(10):
         store.get(f"{number}")
     assert 9.0 <= now[0] <= 10.0
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["folder", "server"])
+def test_the_environment_limits_every_store(
+    sshd: SshServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: bool
+) -> None:
+    monkeypatch.setenv("REMETAL_LIMIT_RATE", "1M")
+    began = time.monotonic()
+    with opened_store(sshd.location(tmp_path / "s") if remote else str(tmp_path / "s")) as opened:
+        for number in range(3):
+            opened.store.put(f"{number}", [bytes(MIB // 2)])
+        assert time.monotonic() - began >= 1.0
+        opened.store.get("0")
+        assert time.monotonic() - began >= 1.5
+
+
+def test_an_upload_that_is_tried_again_counts_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(storage.KINDS, "flaky", lambda location: FlakyStore(1, after=False))
+    began = time.monotonic()
+    store = open_store("flaky://", rate=MIB)
+    store.put("a", [bytes(MIB // 2)])
+    assert time.monotonic() - began >= 0.5
+    store.put("b", [b""])
+    assert time.monotonic() - began >= 1.0
 
 
 def test_a_local_folder_is_not_wrapped(tmp_path: Path) -> None:

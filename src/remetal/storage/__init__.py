@@ -53,19 +53,19 @@ def _open_file(location: str) -> Store:
 def _open_sftp(location: str) -> Store:
     from remetal.storage.sftp import SftpStore
 
-    return RetryingStore(SftpStore(location))
+    return SftpStore(location)
 
 
 def _open_http(location: str) -> Store:
     from remetal.storage.http import HttpStore
 
-    return RetryingStore(HttpStore(location))
+    return HttpStore(location)
 
 
 def _open_s3(location: str) -> Store:
     from remetal.storage.s3 import S3Store
 
-    return RetryingStore(S3Store(location))
+    return S3Store(location)
 
 
 KINDS: dict[str, Callable[[str], Store]] = {
@@ -85,10 +85,10 @@ def open_store(location: str, *, urgent: bool = False, rate: float | None = None
     than `rate`, or where that is None than REMETAL_LIMIT_RATE says, such as `10M`.
     Raises UsageError for an empty location and for a scheme that no store is registered for.
     """
-    store = _open_unlimited(location)
-    if urgent and isinstance(store, LocalStore):
-        store = LocalStore(store.root, store.location, urgent=True)
-    return _limited(store, rate)
+    store = _open_bare(location)
+    if isinstance(store, LocalStore):
+        return open_folder(store.root, store.location, urgent=urgent, rate=rate)
+    return RetryingStore(_limited(store, rate))
 
 
 def open_folder(
@@ -98,8 +98,8 @@ def open_folder(
 
     What a `remote` folder's server fails to do is tried again.
     """
-    store = LocalStore(root, location, urgent=urgent)
-    return _limited(RetryingStore(store) if remote else store, rate)
+    store = _limited(LocalStore(root, location, urgent=urgent), rate)
+    return RetryingStore(store) if remote else store
 
 
 def parse_rate(text: str, name: str) -> float:
@@ -111,13 +111,14 @@ def parse_rate(text: str, name: str) -> float:
 
 
 def _limited(store: Store, rate: float | None) -> Store:
+    """Return a store at a pace; it lies below what tries again, so that each attempt counts."""
     limit = os.environ.get("REMETAL_LIMIT_RATE", "")
     if rate is None and limit:
         rate = parse_rate(limit, "REMETAL_LIMIT_RATE")
     return store if rate is None else LimitedStore(store, Pace(rate))
 
 
-def _open_unlimited(location: str) -> Store:
+def _open_bare(location: str) -> Store:
     if not location:
         raise UsageError("no repository given", hint="Use --repo LOCATION, or set REMETAL_REPO.")
     scheme, separator, _ = location.partition("://")
@@ -150,7 +151,7 @@ def find_folder(location: str) -> Path | None:
 
     Raises UnavailableError if it cannot be looked at.
     """
-    store = _open_unlimited(location)
+    store = _open_bare(location)
     if not isinstance(store, LocalStore):
         return None
     try:

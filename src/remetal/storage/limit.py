@@ -21,7 +21,7 @@ class LimitedStore:
         return self._store.location
 
     def put(self, name: str, data: Pieces) -> None:
-        """Create an object; see the contract."""
+        """Create an object; see the contract. What fails counts whole: nobody knows how much of it was moved."""
         self._pace.pay(sum(len(piece) for piece in data))
         self._store.put(name, data)
 
