@@ -32,7 +32,7 @@ from remetal.repository.repository import (
 from remetal.repository.retention import Policy, check_policy, choose_kept
 from remetal.repository.session import open_session
 from remetal.repository.snapshots import Snapshot
-from remetal.storage import NotFoundError
+from remetal.storage import NotFoundError, RetainedError
 from tests.repositories import CHUNK, Site, StoreDiedError, backup, die_at, make_site, noise, restore, write
 
 _A, _B, _C = noise("a", 4), noise("b", 5), noise("c", 3)
@@ -515,6 +515,38 @@ def test_a_prune_protects_all_that_is_needed_and_nothing_else(site: Site, monkey
     assert restore(site, second) == _DATA["two"]
     result = check_repository(site.repository, keys=site.key, read_data=True)
     assert (result.problems, result.unprotected) == ([], 0)
+
+
+def test_what_is_locked_still_is_not_locked_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is condemned, doomed, forgotten or replaced would stay for ever."""
+    made = three(site)
+    before = set(site.store.objects)
+    forget_snapshots(site.repository, site.key, [made["one"].id, made["two"].id])
+    kept: set[str] = set()
+
+    def keep(store: object, names: Iterable[str]) -> int:
+        kept.update(names)
+        return 0
+
+    monkeypatch.setattr(type(site.store), "keep", keep)
+    delete = site.store.delete
+
+    def delete_locks(name: str) -> None:
+        if not name.startswith("locks/"):
+            raise RetainedError(f"{name} is locked")
+        delete(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(site.store, "delete", delete_locks)
+        for grace in (100, 100, 0, 0):
+            kept.clear()
+            prune(site, grace=grace)
+    prune(site)
+    left = before & set(site.store.objects)
+    assert before - left == before - kept
+    for folder in ("packs/", "index/", "maps/", "parity/", "history/"):
+        assert any(name.startswith(folder) for name in before - left), folder
+    sound(site, {made["three"].id: _DATA["three"]})
 
 
 def test_who_alone_opens_something_is_not_removed(site: Site) -> None:

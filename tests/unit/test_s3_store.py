@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.server
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar
 
@@ -68,6 +68,8 @@ def plain(client: Any) -> Iterator[S3Store]:
 
 LARGE = bytes(range(256)) * (5 << 12) * 4
 """20 MiB: three parts."""
+SOON = 30
+"""Seconds in which locks end that a test waits for; what has to happen before takes some."""
 
 
 def parts_of(client: Any, store: S3Store, name: str) -> int:
@@ -305,12 +307,16 @@ def test_keeping_locks_again_what_ends_soon(client: Any, locked: S3Store) -> Non
     assert locked.keep(["packs/a"]) == 0
 
 
-def test_a_repository_in_a_locked_bucket(locked: S3Store) -> None:
-    """What is forgotten is not listed; what a prune would delete stays, is told, and comes up again."""
+def make_site_in(store: S3Store) -> Site:
     memory = make_site()
     for name, data in memory.store.objects.items():
-        locked.put(name, [data])
-    site = Site(locked, open_repository(locked), memory.keys, memory.key)  # type: ignore[arg-type]
+        store.put(name, [data])
+    return Site(store, open_repository(store), memory.keys, memory.key)  # type: ignore[arg-type]
+
+
+def test_a_repository_in_a_locked_bucket(locked: S3Store) -> None:
+    """What is forgotten is not listed; what a prune would delete stays, is told, and comes up again."""
+    site = make_site_in(locked)
     one, two = noise("s3 one", 3), noise("s3 two", 3)
     first, second = backup(site, one), backup(site, two)
     forget_snapshots(site.repository, site.key, [first.id])
@@ -326,6 +332,65 @@ def test_a_repository_in_a_locked_bucket(locked: S3Store) -> None:
     assert check_repository(site.repository, keys=site.key, read_data=True).problems == []
     third = backup(site, one)
     assert restore(site, third) == one
+
+
+def locks_of(client: Any, store: S3Store) -> dict[str, datetime]:
+    """Return until when each object is locked that lasts, by its name."""
+    rows = client.list_object_versions(Bucket=store._bucket).get("Versions", [])
+    found: dict[str, datetime] = {}
+    for row in rows:
+        name = row["Key"].removeprefix("repo/")
+        if not name.startswith("locks/"):
+            place = {"Bucket": store._bucket, "Key": row["Key"], "VersionId": row["VersionId"]}
+            assert name not in found
+            found[name] = client.get_object_retention(**place)["Retention"]["RetainUntilDate"]
+    return found
+
+
+def kinds_of(names: Iterable[str]) -> set[str]:
+    return {name.partition("/")[0] for name in names}
+
+
+def test_a_prune_locks_again_what_is_needed_and_lets_go_of_the_rest(client: Any) -> None:
+    """What is condemned, doomed or forgotten waits for the end of its lock, and prunes do not put that off."""
+    bucket = f"l-{uuid.uuid4().hex[:12]}"
+    client.create_bucket(Bucket=bucket, ObjectLockEnabledForBucket=True)
+    store = S3Store(f"s3://{bucket}/repo")
+    site = make_site_in(store)
+    data = noise("large", 160)
+    first, second = backup(site, noise("other", 160)), backup(site, data)
+    soon = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=SOON)
+    for entry in store.entries(""):
+        if not entry.name.startswith("locks/"):
+            retention = {"Mode": "COMPLIANCE", "RetainUntilDate": soon}
+            client.put_object_retention(Bucket=bucket, Key=f"repo/{entry.name}", Retention=retention)
+    rule = {"ObjectLockEnabled": "Enabled", "Rule": {"DefaultRetention": {"Mode": "COMPLIANCE", "Days": 1}}}
+    client.put_object_lock_configuration(Bucket=bucket, ObjectLockConfiguration=rule)
+    before = locks_of(client, store)
+    assert set(before.values()) == {soon}
+    forget_snapshots(site.repository, site.key, [first.id])
+
+    def prune() -> PruneResult:
+        return prune_machine(site.repository, site.key, site.keys.machine_id, grace=0, max_unused=0)
+
+    results = [prune(), prune()]
+    during = locks_of(client, store)
+    assert before.keys() <= during.keys()
+    time.sleep(max(0.0, (soon - datetime.now(UTC)).total_seconds() + 1.5))
+    last = prune()
+    needed = locks_of(client, store).keys() & before.keys()
+    gone = before.keys() - needed
+    assert {name for name in needed if during[name] < soon + timedelta(hours=20)} == set()
+    assert {name: during[name] for name in gone} == dict.fromkeys(gone, soon)
+    assert kinds_of(needed) == {"config", "keys", "packs", "index", "maps", "history"}
+    assert kinds_of(gone) == {"packs", "index", "maps", "parity", "history"}
+    doomed = [name for name in gone if not name.startswith(("parity/", "history/"))]
+    assert [(each.deleted_bytes, each.retained_objects) for each in results] == [(0, len(doomed))] * 2
+    assert (last.retained_objects, last.deleted_bytes > 0) == (0, True)
+    assert max(parts_of(client, store, name) for name in needed if name.startswith("packs/")) > 1
+    assert restore(site, second) == data
+    assert check_repository(site.repository, keys=site.key, read_data=True).problems == []
+    store.close()
 
 
 def test_keys_and_places_that_are_wrong(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,10 +17,11 @@ import numpy as np
 
 from remetal.errors import DamagedError, UnavailableError
 from remetal.events import Note, Progress, Report, Step, Warn, silent
-from remetal.repository.catalog import History, MachineAccess, open_catalog, read_vouched
+from remetal.repository.catalog import History, Ledgers, MachineAccess, open_catalog, read_vouched
 from remetal.repository.chunks import find_packs
 from remetal.repository.clocks import Waited, waited_until, witness_now
 from remetal.repository.forget import Decision, append_ledger, delete_gone, need_whole_history
+from remetal.repository.history import is_gone, sequence_of
 from remetal.repository.ledgers import NOTHING_DOOMED, Condemned, Ledger, split_packs
 from remetal.repository.locks import MachineLock, hold_machine
 from remetal.repository.needed import Needed, find_needed
@@ -140,6 +141,7 @@ class _Prune:
         self.rewriting = Rewriting(repository, key, access, reseal=reseal, report=report)
         self.result = PruneResult(access.machine.name)
         self.retained: list[str] = []
+        self.obsolete: frozenset[str] = frozenset()
         self.present = find_packs(repository, access.machine.id)
         self.deleted: set[str] = set()
 
@@ -157,17 +159,18 @@ class _Prune:
         """Do all of it."""
         ledger = self._history().ledgers.newest
         self._finish(ledger, protect=self._doomed(ledger))
-        going = self._condemn()
-        self._finish(self._history().ledgers.newest, protect=True)
+        self._condemn()
+        ledgers = self._history().ledgers
+        self._finish(ledgers.newest, protect=True)
         self.result.retained_objects = len(self.retained)
-        self.store.keep(self._kept_others(going))
+        self.store.keep(self._kept_others(ledgers))
         return self.result
 
     def _history(self) -> History:
         return need_whole_history(self.repository, self.access, read_vouched(self.repository))
 
-    def _condemn(self) -> Set[str]:
-        """Say in the history what nothing needs, and return the names of all of it but packs."""
+    def _condemn(self) -> None:
+        """Say in the history what nothing needs."""
         self.report(Step(f"Looking for what no snapshot of {self.machine.name} needs"))
         history = self._history()
         found = find_needed(self.repository, self.access, history, self.present)
@@ -187,7 +190,6 @@ class _Prune:
             )
             self.report(Note(f"entry {sequence} of the history says what is to go"))
         self.store.keep(self._kept_packs(found, packs))
-        return names
 
     def _protect(self, ledger: Ledger | None) -> None:
         """See to it that the packs that stay have parity among themselves.
@@ -199,6 +201,7 @@ class _Prune:
         refused = ledger.packs if ledger is not None else frozenset[bytes]()
         staying = find_packs(self.repository, self.machine.id, without=refused)
         protected = protect_packs(self.repository, self.machine.id, staying, report=self.report)
+        self.obsolete = frozenset(protected.obsolete)
         for name in protected.obsolete:
             with suppress(RetainedError):
                 self.store.delete(name)
@@ -208,11 +211,17 @@ class _Prune:
         """Yield the names of the packs that the machine's snapshots need."""
         return (self._name(each) for each, _ in found.table.packs if each not in going)
 
-    def _kept_others(self, going: Set[str]) -> Iterator[str]:
-        """Yield the names of all other objects that the machine's snapshots need."""
+    def _kept_others(self, ledgers: Ledgers) -> Iterator[str]:
+        """Yield the names of all other objects that the machine's snapshots need.
+
+        What is on its way out may be there still, because it waits or because the store does not let it go yet; if that
+        were protected anew by each prune, it would stay for ever.
+        """
+        going = self.obsolete | (ledgers.newest.names if ledgers.newest is not None else frozenset())
         for prefix in (INDEX, MAPS, PARITY, HISTORY):
             for entry in self.store.entries(f"{prefix}{self.machine.id}/"):
-                if entry.name not in going:
+                forgotten = prefix == HISTORY and is_gone(sequence_of(entry.name), ledgers.gone)
+                if entry.name not in going and not forgotten:
                     yield entry.name
         for prefix in KEYS:
             yield from (entry.name for entry in self.store.entries(prefix))
