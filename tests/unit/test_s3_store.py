@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import http.server
+import json
 import time
 import uuid
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar
 
@@ -271,6 +273,78 @@ def test_garbage_over_an_object_changes_nothing(client: Any, versioned: S3Store)
     with pytest.raises(NotFoundError):
         versioned.get("packs/a")
     assert client.list_object_versions(Bucket=bucket).get("Versions", []) == []
+
+
+def test_more_garbage_over_an_object_than_one_page_lists(client: Any, versioned: S3Store) -> None:
+    """The server lists a thousand versions at once, the newest first: the object is on the second page."""
+    names = ["packs/a", "packs/b", "packs/c"]
+    for name in names:
+        versioned.put(name, [b"the truth"])
+    place = {"Bucket": versioned._bucket, "Key": "repo/packs/b"}
+
+    def spoil(number: int) -> None:
+        if number % 20:
+            client.put_object(**place, Body=b"garbage, longer than the truth")
+        else:
+            client.delete_object(**place)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(spoil, range(1100)))
+    other = S3Store(versioned.location)
+    assert other.get("packs/b") == b"the truth"
+    assert [(entry.name, entry.size) for entry in other.entries("")] == [(name, 9) for name in names]
+    with pytest.raises(AlreadyExistsError):
+        S3Store(versioned.location).put("packs/b", [b"other"])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_pages_end_anywhere(client: Any, versioned: S3Store, size: int) -> None:
+    """Between two names, within the versions of one, among the markers that it is deleted."""
+    names = ["packs/a", "packs/b", "packs/c"]
+    for name in names:
+        versioned.put(name, [b"the truth"])
+        place = {"Bucket": versioned._bucket, "Key": f"repo/{name}"}
+        for _ in range(2):
+            client.put_object(**place, Body=b"garbage")
+            client.delete_object(**place)
+    other = S3Store(versioned.location)
+    other.put("locks/m/1", [b"x"])
+    list_versions = "before-parameter-build.s3.ListObjectVersions"
+    other._client.meta.events.register(list_versions, lambda params, **words: params.update(MaxKeys=size))
+    assert [(entry.name, entry.size) for entry in other.entries("packs/")] == [(name, 9) for name in names]
+    other.delete("packs/b")
+    assert [entry.name for entry in other.entries("packs/")] == ["packs/a", "packs/c"]
+    left = client.list_object_versions(Bucket=versioned._bucket, Prefix="repo/packs/b")
+    assert left.keys().isdisjoint({"Versions", "DeleteMarkers"})
+
+
+def deny(client: Any, bucket: str, action: str) -> None:
+    """Let nobody do something with a bucket."""
+    statement = {"Effect": "Deny", "Principal": "*", "Action": action, "Resource": f"arn:aws:s3:::{bucket}"}
+    client.put_bucket_policy(Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [statement]}))
+
+
+def test_who_may_not_ask_for_versions_gets_the_newest_and_replaces_nothing(client: Any, versioned: S3Store) -> None:
+    """As the documentation says. This server creates one version over another, so nothing is written there at all."""
+    versioned.put("packs/a", [b"the truth"])
+    client.put_object(Bucket=versioned._bucket, Key="repo/packs/a", Body=b"newer")
+    deny(client, versioned._bucket, "s3:GetBucketVersioning")
+    other = S3Store(versioned.location)
+    assert other.get("packs/a") == b"newer"
+    assert [(entry.name, entry.size) for entry in other.entries("")] == [("packs/a", 5)]
+    for name in ("packs/a", "packs/b"):
+        with pytest.raises(RefusedError, match="over another one") as caught:
+            other.put(name, [b"x"])
+        assert "s3:GetBucketVersioning" in caught.value.hint
+    client.delete_bucket_policy(Bucket=versioned._bucket)
+    assert S3Store(versioned.location).get("packs/a") == b"the truth"
+
+
+def test_who_sees_versions_and_may_not_list_them_is_refused(client: Any, versioned: S3Store) -> None:
+    versioned.put("packs/a", [b"the truth"])
+    deny(client, versioned._bucket, "s3:ListBucketVersions")
+    with pytest.raises(RefusedError, match="does not allow it at 'packs/a'"):
+        S3Store(versioned.location).get("packs/a")
 
 
 def test_locks_come_and_go_in_a_bucket_with_versions(versioned: S3Store) -> None:

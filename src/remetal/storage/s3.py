@@ -167,7 +167,7 @@ class S3Store:
             raise RefusedError(
                 f"{self._location} creates an object over another one of the same name",
                 hint="The provider, and a proxy before it, has to honour `If-None-Match: *`; or let the bucket keep "
-                "versions.",
+                "versions, and these credentials see that it does (s3:GetBucketVersioning).",
             )
 
     def _put_probe(self) -> bool:
