@@ -11,6 +11,7 @@ from remetal.repository.copy import copy_repository
 from remetal.repository.forget import forget_snapshots
 from remetal.repository.prune import prune_machine
 from remetal.repository.repository import add_passphrase, open_repository, remove_passphrase
+from remetal.storage import RetainedError
 from tests.repositories import CHUNK, MemoryStore, Site, StoreDiedError, backup, die_at, make_site, noise, restore
 
 _DATA = [noise("copy a", 4), noise("copy b", 3) + noise("copy a", 2), noise("copy c", 2)]
@@ -66,6 +67,26 @@ def test_what_was_pruned_and_removed_goes_on_demand(site: Site) -> None:
     assert copy_repository(site.store, target, delete=True).deleted > 3
     assert target.objects == site.store.objects
     sound(at(site, target), _DATA[1:2])
+
+
+def test_what_the_target_retains_is_told_and_goes_later(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = MemoryStore()
+    copy_repository(site.store, target)
+    first = open_catalog(site.repository, site.key).snapshots()[0]
+    forget_snapshots(site.repository, site.key, [first.id])
+    prune_machine(site.repository, site.key, site.keys.machine_id, grace=0, max_unused=0)
+
+    def retain(name: str) -> None:
+        raise RetainedError(f"{name} is locked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, "delete", retain)
+        result = copy_repository(site.store, target, delete=True)
+    assert (result.deleted, result.retained > 3, result.problems) == (0, True, [])
+    assert site.store.objects.keys() < target.objects.keys()
+    sound(at(site, target), _DATA[1:2])
+    assert copy_repository(site.store, target, delete=True).retained == 0
+    assert target.objects == site.store.objects
 
 
 @pytest.mark.parametrize("after", [False, True])

@@ -37,6 +37,8 @@ def copy(
         result = copy_to(repo, to, delete=delete, report=report)
     took = format_duration(time.monotonic() - began)
     gone = f", {result.deleted} deleted" if delete else ""
+    if result.retained:
+        gone += f", {result.retained} retained by the store for now"
     summary = (
         f"{result.objects} objects with {format_bytes(result.bytes)} copied in {took}, {result.there} were there{gone}."
     )

@@ -48,7 +48,7 @@ from remetal.repository.parity import find_groups, parity_folder, rebuild_from
 from remetal.repository.protect import Sorting
 from remetal.repository.repository import Repository
 from remetal.repository.snapshots import MAX_SNAPSHOT
-from remetal.storage import Entry, NotFoundError, Store, UnreadableError
+from remetal.storage import Entry, NotFoundError, RetainedError, Store, UnreadableError
 
 AT_ONCE = 4
 """Objects under way at the same time; each may take 64 MiB."""
@@ -62,12 +62,16 @@ _OWNER = re.compile(rf"{HISTORY}([0-9a-f]{{32}})/")
 
 @dataclass(slots=True)
 class CopyResult:
-    """What was copied, what was there already, what was deleted, and a sentence for each object that is damaged."""
+    """What was copied, what was there already, what was deleted, and a sentence for each object that is damaged.
+
+    `retained` would be deleted if the store did not protect it yet.
+    """
 
     objects: int = 0
     bytes: int = 0
     there: int = 0
     deleted: int = 0
+    retained: int = 0
     problems: list[str] = field(default_factory=list)
 
 
@@ -350,12 +354,19 @@ def _delete_gone(repository: Repository, target: Store, machines: Iterable[Machi
     present = {entry.name for entry in target.entries("") if entry.name in wanted}
     for name in names:
         if name in present:
-            target.delete(name)
-            result.deleted += 1
+            _delete(target, name, result)
     for machine in machines:
         for name in _stale_parity(repository.store, copied, machine.id):
-            target.delete(name)
-            result.deleted += 1
+            _delete(target, name, result)
+
+
+def _delete(target: Store, name: str, result: CopyResult) -> None:
+    try:
+        target.delete(name)
+    except RetainedError:
+        result.retained += 1
+    else:
+        result.deleted += 1
 
 
 def _stale_parity(source: Store, target: Repository, machine_id: str) -> list[str]:
