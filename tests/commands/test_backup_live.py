@@ -47,11 +47,16 @@ def folder(device: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def slow_look(tmp_path: Path) -> Path:
-    """What makes the look at a frozen file system take ten seconds; the file is there once it has begun."""
-    tools, begun = tmp_path / "tools", tmp_path / "begun"
+    """What makes the look at a frozen file system take ten seconds; the file is there once it has begun.
+
+    The first look is none: it only has everything read that will be looked at, while nothing is frozen.
+    """
+    tools, begun, before = tmp_path / "tools", tmp_path / "begun", tmp_path / "before"
     tools.mkdir()
     slow = tools / "dumpe2fs"
-    slow.write_text(f'#!/bin/sh\ntouch {begun}\nsleep 10\nexec /sbin/dumpe2fs "$@"\n')
+    slow.write_text(
+        f'#!/bin/sh\nif test -e {before}; then touch {begun}; sleep 10; fi\ntouch {before}\nexec /sbin/dumpe2fs "$@"\n'
+    )
     slow.chmod(0o755)
     return begun
 

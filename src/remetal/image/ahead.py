@@ -83,7 +83,7 @@ class Ahead:
             for first, last in _stretches(numbers):
                 start, end = first * BLOCK - extent.start, min((last + 1) * BLOCK - extent.start, extent.size)
                 places.append((self.held[chunk][start:end], extent.start + start))
-        with open_disk(self.span.path, direct=True) as disk:
+        with open_disk(self.span.path, direct=True, flush=False) as disk:
             pool = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
             try:
                 for _ in pool.map(lambda place: disk.read_into(place[0], self.span.start + place[1]), places):

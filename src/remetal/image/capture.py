@@ -126,13 +126,14 @@ def read_batches(
     buffers: int,
     part: str,
     pace: Pace | None = None,
+    flush: bool = True,
     report: Report = silent,
 ) -> Generator[Batch, None, None]:
     """Yield the used bytes of the volume at `span` as batches, in ascending order.
 
     `buffers` is the number of batches that may exist at once; each must be released for the next to be read.
-    `part` names the volume in progress events. `pace` is how fast it is read at most. Raises RemetalError if the disk
-    cannot be read.
+    `part` names the volume in progress events. `pace` is how fast it is read at most, `flush` as for open_disk. Raises
+    RemetalError if the disk cannot be read.
     """
     size = batch_size(buffers, chunk_size)
     pool: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
@@ -142,7 +143,7 @@ def read_batches(
     done = 0
     report(Progress(part, 0, total))
     with (
-        open_disk(span.path, direct=wants_direct(span)) as disk,
+        open_disk(span.path, direct=wants_direct(span), flush=flush) as disk,
         ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="read") as readers,
     ):
         sector = probe_geometry(span.path).logical_sector if disk.direct else 1

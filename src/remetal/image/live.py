@@ -24,6 +24,7 @@ from remetal.applications.hooks import Hooks
 from remetal.errors import RefusedError, RemetalError, UnavailableError
 from remetal.events import Note, Report, Step, Warn, silent
 from remetal.image.ahead import BLOCK, Ahead
+from remetal.image.cached import CachedMaps
 from remetal.image.capture import read_batches
 from remetal.image.ranges import Extent, Extents
 from remetal.pace import Pace
@@ -189,6 +190,8 @@ class _Capture:
         self._session = session
         self._manner = manner
         self._report = report
+        self._cached = CachedMaps({name: (each.span, each.volume.kind) for name, each in read.items()})
+        self._grain = session.chunk_size
 
     def tracked(self) -> tuple[dict[str, Extents], Pause]:
         """Store what is in use, and read into memory what was written meanwhile.
@@ -198,15 +201,15 @@ class _Capture:
         spans = {name: each.span for name, each in self.read.items()}
         untold = [name for name, span in spans.items() if not can_track(span.path)]
         if untold:
-            self._read_ahead()
+            self._read_ahead(None)
             raise _CannotFollowError(f"this kernel does not tell what is written to {', '.join(untold)}")
         with ExitStack() as stack:
             try:
                 tracker = stack.enter_context(tracked(spans, self._session.chunk_size))
             except RefusedError as error:
-                self._read_ahead()
+                self._read_ahead(None)
                 raise _CannotFollowError(error.message) from error
-            self._read_ahead()
+            self._read_ahead(tracker)
             left = self._read_rounds(tracker)
             with self._manner.hooks.quiet(self._every_folder()):
                 self._read_into_memory(tracker, left)
@@ -216,6 +219,7 @@ class _Capture:
         """Hold the file systems and store all that is in use, most of which is stored already."""
         with self._manner.hooks.quiet(self._every_folder()):
             with self._everything_held() as held:
+                self._flush_caches()
                 maps = _look_at_all(self.read)
                 for name, each in self.read.items():
                     each.held.clear()
@@ -223,22 +227,26 @@ class _Capture:
                     self._store(each, maps[name], None, lambda _: held.check())
             return maps, self._pause(held, sum(each.size for used in maps.values() for each in used), tracked=False)
 
-    def _read_ahead(self) -> None:
+    def _read_ahead(self, tracker: WriteTracker | None) -> None:
         """Store all that is in use, while it is.
 
         They are frozen for a look before: on the disk of a file system that is not, what is in use may be seconds old.
         Of a small one that cannot be, that is good enough to begin with.
         """
+        if tracker is not None:
+            self._report(Step("Reading what tells what is in use"))
+            self._flush_caches()
+            self._cached.fill()
         self._report(Step(f"Holding {', '.join(map(str, self._folders(_KINDS)))} still for a look at what is in use"))
         with normal_priority(), held_still(self._folders(FROZEN_KINDS), limit=self._manner.limit) as held:
             self._check_places()
-            self._flush_caches()
+            self._drop_caches(tracker)
             frozen = {name: each for name, each in self.read.items() if each.volume.kind in FROZEN_KINDS}
             for name, hint in _look_at_all(frozen).items():
                 self.read[name].hint = hint
         self._report(Note(f"they were held for {time.monotonic() - held.began:.1f} s"))
         sync_folders(self._folders(READ_ONLY_KINDS))
-        self._flush_caches()
+        self._drop_caches(tracker)
         for each in self.read.values():
             if each.volume.kind in READ_ONLY_KINDS:
                 with suppress(RemetalError):
@@ -254,7 +262,7 @@ class _Capture:
 
         If that is too much for the memory because more is written than may be read, it is read as fast as can be.
         """
-        left = self._read_rounds_at(self._manner.pace, tracker, _taken(tracker))
+        left = self._read_rounds_at(self._manner.pace, tracker, self._take(tracker))
         if self._manner.pace is not None and (size := self._size(left)) > _most_in_memory():
             self._report(
                 Note(
@@ -278,7 +286,7 @@ class _Capture:
                 each = self.read[name]
                 self._store(each, [each.extent(chunk) for chunk in sorted(chunks)], pace, self._report)
                 each.whole |= chunks
-            before, written = size, _taken(tracker)
+            before, written = size, self._take(tracker)
         return written
 
     def _size(self, chunks: Mapping[str, set[int]]) -> int:
@@ -290,7 +298,7 @@ class _Capture:
         Applications wait for it already, so nothing of it is stored yet.
         """
         sync_folders(self._folders(FROZEN_KINDS))
-        for name, chunks in _taken(tracker, grain=BLOCK).items():
+        for name, chunks in self._take(tracker, grain=BLOCK).items():
             self._read_now(self.read[name], left[name] | chunks, {})
 
     def _hold(self, tracker: WriteTracker) -> tuple[dict[str, Extents], Pause]:
@@ -298,7 +306,8 @@ class _Capture:
         self._report(Step("Holding them still for what was written meanwhile"))
         size = 0
         with self._everything_held() as held:
-            written = _taken(tracker, still=True)
+            written = self._take(tracker, still=True)
+            self._drop_stale()
             maps = _look_at_all(self.read)
             for name, each in self.read.items():
                 size += self._read_now(each, *each.missing(maps[name], written[name]))
@@ -314,11 +323,10 @@ class _Capture:
 
     @contextmanager
     def _everything_held(self) -> Iterator[Held]:
-        """Hold all file systems, and read nothing from caches."""
+        """Hold all file systems, if they are where they were."""
         self._check_places()
         with all_held(self._manner, self._folders(FROZEN_KINDS), self._folders(READ_ONLY_KINDS)) as held:
             self._check_places()
-            self._flush_caches()
             yield held
 
     def _pause(self, held: Held, size: int, *, tracked: bool) -> Pause:
@@ -342,6 +350,29 @@ class _Capture:
                     hint="Nothing is kept of this backup; run it again.",
                 )
 
+    def _take(self, tracker: WriteTracker, *, still: bool = False, grain: int = 0) -> dict[str, set[int]]:
+        """Return what was written, as the tracker does. Raises _CannotFollowError if it does not know all of it."""
+        written = tracker.take(still=still, grain=grain)
+        if tracker.lost:
+            raise _CannotFollowError("more was written than the kernel could record")
+        self._cached.note(written, self._grain)
+        self._grain = grain or self._grain
+        return written
+
+    def _drop_caches(self, tracker: WriteTracker | None) -> None:
+        """Let nothing be read that is stale. What was written is of no other use yet: nothing was read before."""
+        if tracker is not None:
+            with suppress(_CannotFollowError):  # it will be told when it matters
+                self._take(tracker)
+                self._drop_stale()
+                return
+        self._flush_caches()
+
+    def _drop_stale(self) -> None:
+        for name, each in self.read.items():
+            with _still_there(each.volume):
+                self._cached.drop_stale(name)
+
     def _flush_caches(self) -> None:
         for volume in {each.span.path: each.volume for each in self.read.values()}.values():
             with _still_there(volume):
@@ -362,6 +393,7 @@ class _Capture:
             buffers=self._session.workers + 1,
             part=read.volume.volume,
             pace=pace,
+            flush=False,
             report=report,
         )
         with closing(batches):
@@ -416,10 +448,3 @@ def _device_at(folder: Path) -> int | None:
 def _most_in_memory() -> int:
     """Return how many bytes of what is read may be in memory."""
     return min(_MOST, probe_available() // 4)
-
-
-def _taken(tracker: WriteTracker, *, still: bool = False, grain: int = 0) -> dict[str, set[int]]:
-    written = tracker.take(still=still, grain=grain)
-    if tracker.lost:
-        raise _CannotFollowError("more was written than the kernel could record")
-    return written

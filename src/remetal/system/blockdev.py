@@ -12,7 +12,7 @@ import mmap
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,11 +197,12 @@ class DiskIO:
 
 
 @contextmanager
-def open_disk(path: Path, *, writable: bool = False, direct: bool = False) -> Iterator[DiskIO]:
+def open_disk(path: Path, *, writable: bool = False, direct: bool = False, flush: bool = True) -> Iterator[DiskIO]:
     """Open a disk for the length of a `with` block; a writable one is made durable on a clean exit.
 
-    `direct` bypasses the page cache where the file system allows it (tmpfs does not: then it is buffered).
-    Raises RefusedError if the disk cannot be opened.
+    `direct` bypasses the page cache where the file system allows it (tmpfs does not: then it is buffered). What that
+    holds of a block device is written back and dropped before, unless `flush` is False: then what was written to it
+    through the very same device is read all the same. Raises RefusedError if the disk cannot be opened.
     """
     flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
     try:
@@ -218,7 +219,7 @@ def open_disk(path: Path, *, writable: bool = False, direct: bool = False) -> It
             hint=_who_may_open() if error.errno in {errno.EACCES, errno.EPERM} else "",
         ) from error
     try:
-        if direct and is_block_device(path) and not writable:
+        if flush and direct and is_block_device(path) and not writable:
             _flush_buffers(fd)
         disk = DiskIO(path, fd, direct)
         yield disk
@@ -244,6 +245,16 @@ def flush_cache(path: Path) -> None:
     if is_block_device(path):
         with open_disk(path) as disk:
             _flush_buffers(disk.fd)
+
+
+def drop_cache(path: Path, places: Iterable[tuple[int, int]]) -> None:
+    """Drop what the kernel caches of these bytes of a block device: pairs of first byte and size.
+
+    What is to be written back stays, since it is newer than the disk. Raises RefusedError if the disk is gone.
+    """
+    with open_disk(path) as disk:
+        for start, size in places:
+            os.posix_fadvise(disk.fd, start, size, os.POSIX_FADV_DONTNEED)
 
 
 def probe_written(device: Path) -> int:
