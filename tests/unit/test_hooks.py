@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from remetal.applications import APPLICATIONS
-from remetal.applications.contract import Moment
+from remetal.applications.contract import Moment, Phase
 from remetal.applications.hooks import Hook, HookFailedError, Hooks
 from remetal.applications.settings import read_hooks
 from remetal.errors import RefusedError, RemetalError, UsageError
@@ -327,7 +327,7 @@ def test_neither_when_remetal_is_killed(told: Told, spoil: Callable[[Path], None
         "with Hooks(read_hooks(Path(sys.argv[1]))).quiet([]):\n    print('ready', flush=True); time.sleep(60)\n"
     )
     told.read(told.at("a"))
-    argv = [sys.executable, "-c", code, told.folder / "hooks.toml"]
+    argv = [sys.executable, "-c", code, str(told.folder / "hooks.toml")]
     with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
@@ -344,7 +344,8 @@ def test_what_is_held_is_let_go_though_others_may_change_what_is_obeyed(told: To
     moments = []
 
     class Holding:
-        name, phases = "holding", ("before-freeze", "after-thaw")
+        name = "holding"
+        phases: tuple[Phase, ...] = ("before-freeze", "after-thaw")
 
         def carry_out(self, moment: Moment) -> None:
             moments.append((moment.phase, moment.obeys))

@@ -272,10 +272,10 @@ def test_one_that_does_not_work_is_told(
     """As one whose disk was unplugged."""
     ioctl = fcntl.ioctl
 
-    def broken(fd: int, request: int, *rest: int) -> int:
+    def broken(fd: int, request: int, argument: int) -> int:
         if request == FIFREEZE and os.fstat(fd).st_dev == other.stat().st_dev:
             raise OSError(number, os.strerror(number))
-        return ioctl(fd, request, *rest)
+        return ioctl(fd, request, argument)
 
     monkeypatch.setattr(fcntl, "ioctl", broken)
     with pytest.raises(kind, match="cannot be held still"), held_still([folder, other], limit=60):

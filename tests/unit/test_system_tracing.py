@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from remetal.errors import RefusedError
-from remetal.system import tracing
+from remetal.system import changes, tracing
 from remetal.system.blockdev import Span, open_disk
 from remetal.system.loop import attach_loop
 from remetal.system.tracing import WriteTracker, can_track, tracked
@@ -190,6 +191,45 @@ def test_who_switches_it_off_is_noticed(device: Path, switch: str) -> None:
         assert tracker.lost == 0
         (instance() / switch).write_text("0")
         assert tracker.lost > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "off", "on"),
+    [
+        ("tracing_on", "0", "1"),
+        ("events/block/block_rq_complete/enable", "0", "1"),
+        ("events/block/block_rq_complete/filter", "nr_sector == 0", "0"),
+        ("events/enable", "0", "1"),
+        ("set_event", "!block:block_rq_complete", "block:block_rq_complete"),
+        ("tracing_cpumask", "1", "3"),
+        ("set_event_pid", "1", ""),
+    ],
+)
+def test_who_switches_it_off_for_a_moment_is_noticed(device: Path, name: str, off: str, on: str) -> None:
+    with tracked({"all": Span(device, 0, SIZE)}, GRAIN) as tracker:
+        assert tracker.lost == 0
+        if name == "events/block/block_rq_complete/enable":
+            subprocess.run(["sysctl", "-q", "vm.drop_caches=2"], check=True)  # which forgets such files
+        (instance() / name).write_text(off)
+        write(device, 0)
+        (instance() / name).write_text(on)
+        assert tracker.lost > 0
+        assert tracker.lost > 0, "it stays so"
+
+
+def test_where_that_cannot_be_watched_it_is_tracked_all_the_same(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changes, "_checked", no_room)
+    with tracked({"all": Span(device, 0, SIZE)}, GRAIN) as tracker:
+        write(device, 0)
+        assert tracker.take() == {"all": {0}}
+        assert tracker.lost == 0
+        (instance() / "tracing_on").write_text("0")
+        assert tracker.lost > 0
+
+
+def no_room(result: int) -> int:
+    os.close(result)
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 def test_nothing_stays_behind(device: Path) -> None:

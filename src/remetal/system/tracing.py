@@ -2,7 +2,8 @@
 
 An instance of the tracer of its own records every request that a disk has completed but reads and discards. A thread
 takes them out of the kernel's buffer all the time. What it could not keep is counted by the kernel, so nothing is lost
-unnoticed.
+unnoticed; nor is what was not recorded because somebody switched the recording off and on again, since whoever writes
+to any of the instance's files is noticed.
 
 Mappings and arrays take no requests: they pass bios on. Of these the kernel tells when one is queued, and when it is
 completed, but not always in one piece: who cuts one up tells of the end of its last piece, and a few drivers tell of no
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from remetal.errors import RefusedError, RemetalError
 from remetal.system.blockdev import Span
+from remetal.system.changes import Changes
 from remetal.system.run import run
 from remetal.units import KIB, MIB
 
@@ -67,6 +69,7 @@ class WriteTracker:
         self._guard = threading.Lock()
         self._rest = b""
         self._events_read = 0
+        self._changes = _watch(folder, events)
         self._pipe = os.open(folder / "trace_pipe", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="tracker", daemon=True)
@@ -92,15 +95,18 @@ class WriteTracker:
     def lost(self) -> int:
         """How many requests were not recorded, or not understood, since it began.
 
-        Somebody else may have taken some out of the buffer, emptied it, or switched the recording off: then it is one
-        at least.
+        Somebody else may have taken some out of the buffer, emptied it, or switched the recording off, if only for a
+        moment: then it is one at least.
         """
         with self._guard:
             self._drain()
             text = "".join(path.read_text() for path in self._folder.glob("per_cpu/cpu*/stats"))
             taken = sum(map(int, _TAKEN.findall(text))) - self._events_read
         lost = sum(map(int, _LOST.findall(text)))
-        return lost + abs(taken) + (not self._is_on())
+        return lost + abs(taken) + (not self._is_on()) + self._is_touched()
+
+    def _is_touched(self) -> bool:
+        return self._changes is not None and self._changes.seen
 
     def _is_on(self) -> bool:
         switches = [
@@ -114,6 +120,8 @@ class WriteTracker:
         self._ended.set()
         self._thread.join()
         os.close(self._pipe)
+        if self._changes is not None:
+            self._changes.close()
 
     def _follow(self) -> None:
         while not self._ended.wait(_PAUSE):
@@ -121,7 +129,7 @@ class WriteTracker:
                 self._drain()
 
     def _drain(self) -> None:
-        while True:
+        while not self._is_touched():  # there is no end if somebody has all recorded, what we do included
             try:
                 data = os.read(self._pipe, _PIECE)
             except BlockingIOError:
@@ -166,6 +174,15 @@ class WriteTracker:
             if number == disk and low < high:
                 blocks = range((low - first) // self._grain, (high - 1 - first) // self._grain + 1)
                 self._written[name].update(blocks)
+
+
+def _watch(folder: Path, events: Collection[str]) -> Changes | None:
+    """Begin to notice who writes to the files of an instance; None where the kernel has no more room for that."""
+    block = folder / "events/block"
+    folders = [folder, folder / "options", folder / "events", block, *(block / each for each in events)]
+    with suppress(OSError):
+        return Changes(each for each in [*folders, *folder.glob("per_cpu/cpu*")] if each.is_dir())
+    return None
 
 
 @contextmanager
