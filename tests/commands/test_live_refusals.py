@@ -88,7 +88,7 @@ def test_a_system_whose_root_is_an_overlay_is_refused(site: Site, tmp_path: Path
     mkdir upper work whole
     mount -t overlay none -o lowerdir=/,upperdir=upper,workdir=work whole
     for each in /dev /proc /sys; do mount --rbind $each whole$each; done
-    mount --bind {tmp_path}/data whole/mnt
+    for each in /mnt /srv; do mount --bind {tmp_path}/data whole$each; done
     exec chroot whole {REMETAL} backup
     """
     done = subprocess.run(

@@ -192,9 +192,20 @@ def test_a_root_that_is_no_disk(machine: Machine) -> None:
     machine.mounts = "22 1 0:44 / / rw,relatime - overlay overlay rw,lowerdir=/l,upperdir=/u,workdir=/w\n"
     machine.mount(1, "/etc/hosts")
     machine.mount(17, "/var/lib/postgresql")
+    machine.mount(18, "/srv")
     with pytest.raises(RefusedError, match="its root is of the kind overlay") as raised:
         machine.disks()
     assert "run remetal there" in raised.value.hint
+
+
+def test_a_root_in_memory_whose_fstab_names_disks(machine: Machine) -> None:
+    machine.mounts = "22 1 0:44 / / rw,relatime - tmpfs none rw\n"
+    machine.write("etc/fstab", "none / tmpfs\n/dev/sda1 /boot ext4\n/dev/sda2 /kept ext4\n")
+    machine.mount(1, "/boot")
+    machine.mount(2, "/kept")
+    machine.mount(17, "/var/lib/postgresql")
+    assert machine.disks() == ["sda"]
+    assert "/dev/sdb (mounted at /var/lib/postgresql) is not captured" in machine.told()
 
 
 def test_what_fstab_says() -> None:

@@ -2,7 +2,8 @@
 
 A disk counts if it is mounted where a system keeps itself, where /etc/fstab or a mount unit of systemd says, or if it
 is active swap space, whatever disk it is. One that is mounted by other means (a script, by hand) counts if it is built
-in: a database may lie on it. One that comes and goes is somebody's medium, perhaps for other backups. What is mounted
+in: a database may lie on it. One that comes and goes is somebody's medium, perhaps for other backups. Where not even
+the root lies on a disk, only what is named counts: what is mounted in a container may be its host's. What is mounted
 and does not count is told.
 
 Source: fstab(5), systemd.mount(5), systemd.unit(5) ("String Escaping for Inclusion in Unit Names"), file-hierarchy(7).
@@ -112,14 +113,13 @@ def _find_own(mounted: Sequence[_Mounted]) -> set[str]:
     """Return the kernel names of the disks under what is mounted that the system uses."""
     named = _without_links(find_named_places())
     stored = {disk for each in mounted if each.holds_repository for disk in each.disks}
-    in_memory = all(each.place != Path("/") for each in mounted)  # then what is mounted may be from its host's disks
+    on_disk = any(each.place == Path("/") for each in mounted)  # else what is mounted may be a container's host's
     own: set[str] = set()
     for each in mounted:
-        stays = not in_memory and not any(each.place.is_relative_to(place) for place in _PASSING)
-        if (
-            each.place in _SYSTEM_PLACES
-            or (each.place in named and not each.holds_repository)
-            or (stays and not each.disks & stored and any(map(is_fixed, each.parts)))
+        passing = any(each.place.is_relative_to(place) for place in _PASSING)
+        built_in = not passing and not each.disks & stored and any(map(is_fixed, each.parts))
+        if (each.place in named and not each.holds_repository) or (
+            on_disk and (each.place in _SYSTEM_PLACES or built_in)
         ):
             own |= each.disks
     return own
