@@ -44,7 +44,7 @@ CASES = (
     LiveCase("postgresql-13", "trixie", "postgresql", _places("btrfs LUKS", "xfs LVM", "ext4 LVM-thin")),
     LiveCase("mariadb-13", "trixie", "mariadb", _places("btrfs partition", "xfs LUKS", "btrfs LVM")),
 )
-"""Every database on every release; XFS and btrfs on everything that they may stand on, ext4 on LVM, LUKS and thin pools.
+"""Every database on every release; XFS and btrfs on all that they may stand on, ext4 on LVM, LUKS and thin pools.
 
 ext4 on a partition is what every machine's root is; on MD it is among the stacks that are held against their writes.
 """
