@@ -115,11 +115,8 @@ def test_prune(world: World, grace: float, modes: Sequence[str], counts: StartCo
     run_campaign(World(site, expected), work, counts("store operations, prune"), modes)
 
 
-@pytest.mark.parametrize(
-    "modes",
-    [("lost", "once-after"), pytest.param(MODES, marks=[pytest.mark.faults, pytest.mark.timeout(7200)])],
-    ids=["two", "all"],
-)
+@BOTH
+@pytest.mark.timeout(7200)
 def test_repair(world: World, modes: Sequence[str], counts: StartCount) -> None:
     """A lost index and a lost pack of every group come back.
 
