@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -45,6 +47,7 @@ _SECTOR = 512
 _BUFFER, _BUFFERS = 8 * MIB, 256 * MIB
 """Of the kernel's buffer for each processor, and for all of them."""
 _PAUSE = 0.05
+_TRIES = 20
 _PREFIX = "remetal-"
 _PIECE = 64 * KIB
 
@@ -194,7 +197,7 @@ def tracked(spans: Mapping[str, Span], grain: int) -> Iterator[WriteTracker]:
     """
     _mount()
     _remove_old()
-    folder = TRACING / "instances" / f"{_PREFIX}{os.getpid()}-{threading.get_ident()}"
+    folder = TRACING / "instances" / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
     places = {name: (_number_of(span), span.start, span.size) for name, span in spans.items()}
     with ExitStack() as stack:
         try:
@@ -267,8 +270,16 @@ def _number_of(span: Span) -> int:
 
 
 def _remove(folder: Path) -> None:
-    with suppress(OSError):
-        folder.rmdir()
+    """Remove an instance. A program that is just being started has what it inherits open for a moment longer."""
+    for _ in range(_TRIES):
+        try:
+            folder.rmdir()
+        except FileNotFoundError:
+            return
+        except OSError:
+            time.sleep(_PAUSE)
+        else:
+            return
 
 
 def _remove_old() -> None:
