@@ -26,6 +26,8 @@ from remetal.units import GIB
 from remetal.vm.machine import Drive, Machine, Nic
 from remetal.vm.qemu import Running, start_machine
 
+_LATER = {"trixie": ("systemd-cryptsetup",)}
+"""What a later release has in a package of its own: without it nothing opens what crypttab names."""
 _STORAGE = ("lvm2", "mdadm", "cryptsetup", "thin-provisioning-tools", "btrfs-progs", "openssh-server", "netbase")
 _DATABASES = {"postgresql": ("postgresql",), "mariadb": ("mariadb-server",)}
 _NETWORK = """[Match]
@@ -88,7 +90,7 @@ def find_ports() -> tuple[int, int]:
 def make_disk(case: LiveCase, disk: Path, key: Path, report: Report) -> None:
     """Make the disk of the case's machine, which lets in whoever has the key, and make the key."""
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
-    root = Root(case.suite, (*_STORAGE, *_DATABASES[case.database]))
+    root = Root(case.suite, (*_STORAGE, *_LATER.get(case.suite, ()), *_DATABASES[case.database]))
     copy_machine(Recipe(name=case.name, size=3 * GIB, root=root), disk, report)
     _, span = find_mounts_of(disk)["/"]
     with attach_loop(span, writable=True) as device, mounted(device) as top:
