@@ -16,6 +16,7 @@ from pathlib import Path
 from remetal.repository.objects import Record
 
 MAX_WITNESSES = 32
+"""So many hosts are remembered of what waits: those that know of the longest wait."""
 
 
 class Witness(Record, frozen=True, kw_only=True):
