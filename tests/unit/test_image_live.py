@@ -7,6 +7,7 @@ import random
 import stat
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -76,6 +77,7 @@ class Load:
     def __init__(self, folders: list[Path], seed: int) -> None:
         self.folders = folders
         self.ended = threading.Event()
+        self.number = 0
         self.threads = [threading.Thread(target=self.churn, args=(number, seed)) for number in range(2)]
         self.threads.append(threading.Thread(target=self.count))
 
@@ -88,6 +90,13 @@ class Load:
         self.ended.set()
         for each in self.threads:
             each.join()
+
+    def wait(self, times: int) -> None:
+        """Return when the number has grown by so much: so often, at least, something was written to each volume."""
+        least, end = self.number + times, time.monotonic() + 60
+        while self.number < least:
+            assert time.monotonic() < end, "nothing is written"
+            time.sleep(0.001)
 
     def churn(self, number: int, seed: int) -> None:
         dice = random.Random(seed * 10 + number)
@@ -107,11 +116,10 @@ class Load:
 
     def count(self) -> None:
         files = [os.open(each / "count", os.O_CREAT | os.O_WRONLY | os.O_DSYNC) for each in self.folders]
-        number = 0
         while not self.ended.is_set():
-            number += 1
             for each in files:
-                os.pwrite(each, b"%020d" % number, 0)
+                os.pwrite(each, b"%020d" % (self.number + 1), 0)
+            self.number += 1
         for each in files:
             os.close(each)
 
@@ -188,15 +196,21 @@ def test_all_volumes_are_of_one_moment(
     events: tuple[str, ...],
     rounds: int,
 ) -> None:
-    monkeypatch.setattr(live, "_FEW", MIB)  # so that there are rounds
+    monkeypatch.setattr(live, "_FEW", 0)  # so that there are rounds
     monkeypatch.setattr(tracing, "_events_of", lambda number: events)
     said: list[Event] = []
     with volumes(tmp_path, *kinds) as found:
         for number in range(rounds):
             copies: Copies = {}
-            with Load([each.folder for each in found], number):
+            with Load([each.folder for each in found], number) as load:
+
+                def report(event: Event, load: Load = load) -> None:
+                    said.append(event)
+                    if isinstance(event, Step) and "while it is in use" in event.title:
+                        load.wait(2)
+
                 copied = [copied_while_frozen(each, copies) for each in found]
-                snapshot, pause = back_up_and_tell(site, copied, report=said.append)
+                snapshot, pause = back_up_and_tell(site, copied, report=report)
             assert pause.tracked, f"round {number}"
             data = restored(site, snapshot)
             for each in found:
