@@ -53,7 +53,7 @@ def render_page(seen: Sequence[Seen], kills: Kills, held: Held) -> str:
     """Return the page as Markdown, once ROUNDS of each of the PAIRS were compared and nothing was missed."""
     places = (*(f"/{folder} on" for folder in FOLDERS), "read", "in use", "held for", "took", "gently")
     rates = (
-        "a second before",
+        "a second alone",
         "meanwhile",
         "gently",
         "longest wait",
@@ -90,7 +90,7 @@ def _backup(seen: Seen) -> list[str]:
 
 
 def _transactions(seen: Seen) -> list[str]:
-    rates = [f"{seen.before:.1f}", f"{seen.during:.1f}", f"{seen.gently:.1f}", f"{seen.waited:.1f} s"]
+    rates = [f"{seen.alone:.1f}", f"{seen.during:.1f}", f"{seen.gently:.1f}", f"{seen.waited:.1f} s"]
     return [seen.case, *rates, str(seen.least), str(seen.found), str(seen.most), seen.checked_by]
 
 

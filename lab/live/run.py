@@ -31,8 +31,8 @@ FREEZE_LIMIT = 60
 GENTLE = "--limit-read 8M --nice 5 --ionice idle"
 """How a backup is told to leave an emulated machine to others."""
 _DATA, _VAULT = 2560 * MIB, 5 * GIB
-_SAMPLE = 20.0
-"""Seconds in which transactions are counted before the backup."""
+_SAMPLE = 60.0
+"""Seconds in which transactions are counted before the backups, and behind them again."""
 
 _ANSWER = f"""repository = "backup"
 passphrase = "{PASSPHRASE}"
@@ -47,7 +47,8 @@ pause = 1
 class Seen:
     """What came of a case. Times in seconds, sizes in bytes.
 
-    Transactions a second: `before`, `during` the first backup of everything, and during another one that was `gentle`.
+    Transactions a second: `alone`, before and behind the backups, `during` the first one of everything, and during
+    another one that was `gentle`.
     At the moment of the last backup `least` transactions had been acknowledged and `most` were sent (as lab.live.moment
     knows it), and `found` are those that came back: of all clients together. `waited` is the longest that one of them
     waited. `ways` are how each backup captured each volume that has a file system.
@@ -59,7 +60,7 @@ class Seen:
     gentle_seconds: float
     used: int
     stored: int
-    before: float
+    alone: float
     during: float
     gently: float
     waited: float
@@ -79,7 +80,7 @@ class _Backup:
     second: dict[str, Any]
     acknowledged: tuple[int, ...]
     sent: tuple[int, ...]
-    before: float
+    alone: float
     during: float
     gently: float
     waited: float
@@ -127,7 +128,7 @@ def run_case(case: LiveCase, work: Path, medium: Path, report: Report) -> Seen:
         gentle_seconds=backup.gentle["seconds"],
         used=backup.first["used"],
         stored=backup.first["stored"],
-        before=backup.before,
+        alone=backup.alone,
         during=backup.during,
         gently=backup.gently,
         waited=backup.waited,
@@ -153,7 +154,7 @@ def _back_up(case: LiveCase, guest: Guest, report: Report) -> _Backup:
     shell = find_shell(case, guest.database_port)
     make_tables(case, shell, guest.database_port, CLIENTS)
     with making_noise(case, shell, guest.database_port), committing(shell, CLIENTS) as clients:
-        time.sleep(_SAMPLE)
+        time.sleep(_SAMPLE)  # a machine that has just started has other things to do
         before = _rate(clients, lambda: time.sleep(_SAMPLE))
         report(Step(f"Backing it up while it does {before:.1f} transactions a second"))
         told: list[str] = []
@@ -163,12 +164,14 @@ def _back_up(case: LiveCase, guest: Guest, report: Report) -> _Backup:
         report(Step(f"Backing it up again; meanwhile there were {gently:.1f} transactions a second"))
         with noting(guest, clients) as notes:
             told.append(guest.call(f"{backup} --hooks {HOOKS}"))
+        behind = _rate(clients, lambda: time.sleep(_SAMPLE))
         waited = max(each.waited for each in clients)
     first, gentle, second = map(json.loads, told)
     ways = tuple(_find_ways(case, each) for each in (first, gentle, second))
     phases = tuple(each.phase for each in notes)
     assert phases == find_phases(case), f"the last backup told of these phases: {phases}"
-    return _Backup(first, gentle, second, notes[0].acknowledged, notes[-1].sent, before, during, gently, waited, ways)
+    alone = (before + behind) / 2
+    return _Backup(first, gentle, second, notes[0].acknowledged, notes[-1].sent, alone, during, gently, waited, ways)
 
 
 def _find_ways(case: LiveCase, told: dict[str, Any]) -> dict[str, str]:
