@@ -14,7 +14,8 @@ _PLACES = {
     "postgresql": ("", "TABLESPACE space"),
     "mariadb": ("ENGINE=InnoDB", "ENGINE=InnoDB DATA DIRECTORY='/space/tables'"),
 }
-_NOISE = "INSERT INTO noise SELECT REPEAT(MD5(RAND()), 40) FROM seq_1_to_50;"
+_NOISE = "REPLACE INTO noise SELECT FLOOR(RAND() * 20000), REPEAT(MD5(RAND()), 40) FROM seq_1_to_50;"
+"""Rows are replaced, since it goes on for as long as backups take, and the volume is small."""
 _SCALE = 3
 """How many hundred thousand accounts pgbench has."""
 
@@ -42,12 +43,12 @@ def make_tables(case: LiveCase, shell: Shell, port: int, clients: int) -> None:
     if case.database == "postgresql":
         subprocess.run([*_pgbench(port), "-i", "-q", "-s", str(_SCALE)], check=True, capture_output=True, timeout=1800)
     else:
-        ask(shell, "CREATE TABLE noise (filler text);")
+        ask(shell, "CREATE TABLE noise (id INT PRIMARY KEY, filler TEXT);")
 
 
 @contextmanager
 def making_noise(case: LiveCase, shell: Shell, port: int) -> Iterator[None]:
-    """Let others write as fast as they can until the block is left: pgbench, or who inserts what hardly compresses."""
+    """Let others write as fast as they can until the block is left: pgbench, or who replaces what hardly compresses."""
     quiet = subprocess.DEVNULL
     with ExitStack() as stack:
         if case.database == "postgresql":
