@@ -95,6 +95,8 @@ install -d -o postgres -g postgres /space/tables
 cat > $conf/conf.d/lab.conf <<'conf'
 data_directory = '/data/cluster'
 listen_addresses = '*'
+min_wal_size = 64MB
+max_wal_size = 192MB
 conf
 echo host all all 10.0.2.0/24 trust >> $conf/pg_hba.conf
 runuser -u postgres -- /usr/lib/postgresql/$version/bin/pg_checksums --enable --no-sync -D /data/cluster
