@@ -14,8 +14,8 @@ from pathlib import Path
 
 from lab.root import Root, build_root
 from remetal.events import silent
-from remetal.media.initramfs import Member, write_archive
 from remetal.media.root import plan_module_order
+from remetal.ondisk.cpio_write import Entry, write_archive
 
 USER = "daemon"
 _MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4", "crc32c_generic")
@@ -124,14 +124,14 @@ def _make_boot_files(folder: Path) -> None:
     agent = Path("/usr/sbin/qemu-ga")
     linked = subprocess.run(["ldd", agent], check=True, stdout=subprocess.PIPE, text=True).stdout
     libraries = [Path(each) for each in re.findall(r"(/\S+) \(0x", linked)]
-    members = [Member(each, None) for each in ("bin", "dev", "lib", "lib64", "mnt", "modules", "proc", "run", "sys")]
-    members += [Member("var", None), Member("var/run", None), Member("lib/x86_64-linux-gnu", None)]
+    members = [Entry(each, None) for each in ("bin", "dev", "lib", "lib64", "mnt", "modules", "proc", "run", "sys")]
+    members += [Entry("var", None), Entry("var/run", None), Entry("lib/x86_64-linux-gnu", None)]
     members += [
-        Member("init", _INIT.encode()),
-        Member("bin/busybox", Path("/bin/busybox")),
-        Member("bin/qemu-ga", agent),
+        Entry("init", _INIT.encode()),
+        Entry("bin/busybox", Path("/bin/busybox")),
+        Entry("bin/qemu-ga", agent),
     ]
-    members += [Member(str(each).removeprefix("/usr").lstrip("/"), each.resolve()) for each in libraries]
+    members += [Entry(str(each).removeprefix("/usr").lstrip("/"), each.resolve()) for each in libraries]
     with tarfile.open(build_root(Root(), silent)) as root:
         names = {each.removeprefix("./"): each for each in root.getnames()}
 
@@ -145,7 +145,7 @@ def _make_boot_files(folder: Path) -> None:
         modules = f"usr/lib/modules/{kernel.removeprefix('boot/vmlinuz-')}"
         order = plan_module_order(content(f"{modules}/modules.dep").decode(), _MODULES)
         for path in order:
-            members.append(Member(f"modules/{Path(path).name}", content(f"{modules}/{path}")))
-    members.append(Member("modules/order", "\n".join(Path(each).name for each in order).encode()))
+            members.append(Entry(f"modules/{Path(path).name}", content(f"{modules}/{path}")))
+    members.append(Entry("modules/order", "\n".join(Path(each).name for each in order).encode()))
     with (folder / "initrd").open("wb") as output:
         write_archive(output, members)

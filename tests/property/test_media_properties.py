@@ -19,8 +19,8 @@ from remetal.media.answer import (
     parse_place,
 )
 from remetal.media.grub import plan_menu
-from remetal.media.initramfs import Member, write_archive
 from remetal.media.volumes import parse_volumes
+from remetal.ondisk.cpio_write import Entry, write_archive
 
 FIELDS = (
     "repository",
@@ -136,7 +136,7 @@ def test_kernel_arguments_cannot_break_out_of_the_menu(append: str) -> None:
 )
 def test_cpio_reads_every_archive_that_is_written(files: dict[str, bytes]) -> None:
     archive = io.BytesIO()
-    write_archive(archive, [Member(name, data, 0o640) for name, data in files.items()])
+    write_archive(archive, [Entry(name, data, 0o640) for name, data in files.items()])
     for name, data in files.items():
         done = subprocess.run(
             ["cpio", "--quiet", "-i", "--to-stdout", name], input=archive.getvalue(), capture_output=True, check=True

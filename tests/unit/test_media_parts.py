@@ -17,12 +17,12 @@ from remetal.layout.inventory import probe_inventory
 from remetal.layout.layers import CONTAINERS, GROWING, SPANNING, swap
 from remetal.media.apt import parse_index_targets, probe_apt_sources
 from remetal.media.grub import CONSOLES, plan_menu
-from remetal.media.initramfs import Member, write_archive
 from remetal.media.iso import write_esp
 from remetal.media.own import TREE, copy_tree, find_dependencies
 from remetal.media.packages import recovery_packages
 from remetal.media.root import plan_module_order
 from remetal.media.volumes import AttachedDisk, parse_volumes, probe_disks, select_disk
+from remetal.ondisk.cpio_write import Entry, write_archive
 from remetal.system.run import PACKAGES
 from tests.machines.record import rebuild
 
@@ -93,14 +93,14 @@ def test_the_initramfs_is_an_archive_that_cpio_understands(tmp_path: Path) -> No
     large = tmp_path / "large"
     large.write_bytes(bytes(range(256)) * 5000)
     members = [
-        Member("bin", None),
-        Member("bin/sh", "busybox"),
-        Member("init", b"#!/bin/sh\n"),
-        Member("data", large, 0o600),
+        Entry("bin", None),
+        Entry("bin/sh", "busybox"),
+        Entry("init", b"#!/bin/sh\n"),
+        Entry("data", large, 0o600),
     ]
     archive = io.BytesIO()
     write_archive(archive, members)
-    write_archive(archive, [Member("second", b"2")])
+    write_archive(archive, [Entry("second", b"2")])
     out = tmp_path / "out"
     out.mkdir()
     subprocess.run(["cpio", "--quiet", "-idm"], input=archive.getvalue(), cwd=out, check=True)

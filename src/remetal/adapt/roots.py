@@ -19,7 +19,7 @@ from remetal.adapt.restored import Restored
 from remetal.adapt.rooted import find_inside, list_inside, read_inside
 from remetal.adapt.text import TextPlan
 from remetal.events import Report, Warn
-from remetal.layout.model import FileSystem, SpaceId, VolumeGroup, spaces_of
+from remetal.layout.model import FileSystem, Layer, SpaceId, VolumeGroup, spaces_of
 from remetal.system.loop import open_device
 from remetal.system.mounts import mounted
 from remetal.system.run import ProgramFailedError, run
@@ -82,28 +82,43 @@ def find_systems(restored: Restored, report: Report) -> list[System]:
 
 @contextmanager
 def open_root(
-    system: System, restored: Restored, *, inner: Sequence[str] = _INNER, writable: bool = False
+    system: System,
+    restored: Restored,
+    *,
+    inner: Sequence[str] = _INNER,
+    writable: bool = False,
+    programs: bool = False,
 ) -> Iterator[Path]:
     """Mount a system's root and its own volumes at `inner`, parents first, and yield the folder.
 
     Nothing is written unless `writable`: journals are not replayed then either. File systems that remetal reads
-    by other means (the ESP) are not mounted.
+    by other means (the ESP) are not mounted, unless `programs` of the system are to be run, which want them.
     """
     with ExitStack() as stack:
-        mounts = _Mounts(restored, stack, writable=writable)
+        mounts = _Mounts(restored, stack, writable=writable, programs=programs)
         root = mounts.find(system.root, system.subvolumes.get("/", ""))
         assert root is not None
-        for point in inner:
+        for point in sorted(inner):
             space = system.mounts.get(point)
             target = find_inside(root, point)
-            if space is None or target is None or not target.is_dir() or not _is_mountable(space, restored):
+            if space is None or target is None or not target.is_dir() or not _is_mountable(space, restored, programs):
                 continue
-            source = mounts.find(space, system.subvolumes.get(point, ""))
+            try:
+                source = mounts.find(space, system.subvolumes.get(point, ""))
+            except ProgramFailedError:
+                if restored.is_type(space, "vfat"):  # a kernel may lack it; whoever needs it there looks
+                    continue
+                raise
             if source is not None:
                 stack.enter_context(mounted(source, options=("bind",), target=target))
         yield root
     if writable:
         restored.flush()
+
+
+def can_look_into(volume: Layer) -> bool:
+    """Whether it is a file system that is looked into: by mounting it, or as firmware does."""
+    return isinstance(volume, FileSystem) and (volume.type in _LOOK or volume.type == "vfat")
 
 
 def parse_os_release(text: str) -> dict[str, str]:
@@ -122,10 +137,11 @@ def parse_os_release(text: str) -> dict[str, str]:
 class _Mounts:
     """File systems, each mounted once until the stack is closed, a btrfs by its top."""
 
-    def __init__(self, restored: Restored, stack: ExitStack, *, writable: bool) -> None:
+    def __init__(self, restored: Restored, stack: ExitStack, *, writable: bool, programs: bool = False) -> None:
         self.restored = restored
         self.stack = stack
         self.writable = writable
+        self.programs = programs
         self.tops: dict[SpaceId, Path] = {}
 
     def top(self, volume: FileSystem) -> Path:
@@ -148,7 +164,8 @@ class _Mounts:
             self.stack.enter_context(open_device(self.restored.span(space), writable=self.writable))
             for space in spaces_of(volume)
         ]
-        options = (*_SAFE, *(_WRITE.get(volume.type, ()) if self.writable else _LOOK[volume.type]))
+        safe = _SAFE[:-1] if self.programs else _SAFE
+        options = (*safe, *(_WRITE.get(volume.type, ()) if self.writable else _LOOK[volume.type]))
         if volume.type == "btrfs":
             # All are named: else the kernel may take the others from another copy of the same file system.
             options += tuple(f"device={device}" for device in devices)
@@ -209,9 +226,9 @@ def _is_snapshot(space: SpaceId, restored: Restored) -> bool:
     )
 
 
-def _is_mountable(space: SpaceId, restored: Restored) -> bool:
-    layer = restored.result.layer_on(space)
-    return isinstance(layer, FileSystem) and layer.type in _LOOK and restored.is_restored(space)
+def _is_mountable(space: SpaceId, restored: Restored, programs: bool) -> bool:
+    known = restored.is_type(space, *_LOOK) or (programs and restored.is_type(space, "vfat"))
+    return known and restored.is_restored(space)
 
 
 def _probe_default(top: Path) -> str:

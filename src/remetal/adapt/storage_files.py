@@ -66,8 +66,11 @@ _ESP_FILES: tuple[tuple[str, Planner], ...] = (
     ("/grub2/grub.cfg", plan_grub_cfg),
     ("/grub2/grubenv", plan_grubenv),
 )
-_IN_INITRAMFS = ("/etc/crypttab", "/etc/mdadm", "/etc/lvm/", "/etc/initramfs-tools/", "/etc/dracut", "/etc/cmdline.d/")
 _IN_KERNEL_IMAGE = ("/etc/kernel/cmdline", "/etc/cmdline.d/")
+_KERNEL_IMAGE = (
+    "unified kernel images, if the system boots from one, hold the kernel command line as it was: make them anew once "
+    "the system runs"
+)
 
 
 def probe_storage_files(root: Path, identities: Identities) -> tuple[TextPlan, ...]:
@@ -137,19 +140,7 @@ def _summary(plans: tuple[TextPlan, ...]) -> Adaptation:
 
 def _copies_notes(paths: list[str]) -> tuple[str, ...]:
     """Return what is to be said of copies of changed files that nobody can change from here."""
-    notes = []
-    inner = [path for path in paths if path.startswith(_IN_INITRAMFS)]
-    if inner:
-        notes.append(
-            f"the initramfs may hold {', '.join(inner)} as it was: make it anew once the system runs "
-            f"(update-initramfs -u -k all, dracut --force --regenerate-all, or mkinitcpio -P)"
-        )
-    if any(path.startswith(_IN_KERNEL_IMAGE) for path in paths):
-        notes.append(
-            "unified kernel images, if the system boots from one, hold the kernel command line as it was: make them "
-            "anew once the system runs"
-        )
-    return tuple(notes)
+    return (_KERNEL_IMAGE,) if any(path.startswith(_IN_KERNEL_IMAGE) for path in paths) else ()
 
 
 def _decode(data: bytes) -> str:

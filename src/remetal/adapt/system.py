@@ -12,6 +12,8 @@ from types import MappingProxyType
 from remetal.adapt.change import Adaptation
 from remetal.adapt.efi import adapt_efi
 from remetal.adapt.grub_bios import adapt_grub_bios
+from remetal.adapt.kernels.adapt import AS_USUAL, KernelChoices, adapt_kernels
+from remetal.adapt.kernels.survey import Hardware
 from remetal.adapt.package_cache import adapt_package_cache
 from remetal.adapt.restored import Restored
 from remetal.adapt.roots import find_systems
@@ -20,7 +22,10 @@ from remetal.events import Note, Report, Step, silent
 from remetal.layout.model import Layout, SpaceId
 
 _NO_SYSTEM = "no installed system was found on the restored volumes; nothing was adapted inside them"
-_INITRAMFS = "the initramfs was left as it is: it holds the drivers of the hardware that it was made on"
+_NO_HARDWARE = (
+    "nothing is known of the machine that the disk files are for, so the initramfs was left as it is: it holds the "
+    "drivers of the hardware that it was made on (give the machine's record with --inventory)"
+)
 
 
 def adapt_system(
@@ -29,6 +34,8 @@ def adapt_system(
     devices: Mapping[SpaceId, Path],
     *,
     firmware: str | None,
+    hardware: Hardware | None = None,
+    kernels: KernelChoices = AS_USUAL,
     moved: Mapping[SpaceId, SpaceId] = MappingProxyType({}),
     kept: Collection[SpaceId] = (),
     report: Report = silent,
@@ -38,7 +45,8 @@ def adapt_system(
     `source` is the layout as captured; `result` as it stands, with the same disk names; `devices` are the paths of
     its disks, block devices or disk files, and of the arrays, volumes and containers that are open on them. `moved`
     and `kept` are as in `Restored`. `firmware` is `bios` or `uefi` of the machine that we run on if the disks are its
-    own, None for disk files: their NVRAM is elsewhere.
+    own, None for disk files: their NVRAM is elsewhere. `hardware` is the machine that it is to run on, if that is
+    known; `kernels` is what was chosen for its drivers.
 
     Raises RemetalError if a disk or a file system fails; running it again goes on.
     """
@@ -50,6 +58,9 @@ def adapt_system(
         report(Note(f"{system.root} holds {system.name}"))
         done += adapt_storage_files(system, restored)
         done += adapt_package_cache(system, restored)
+        done += adapt_kernels(system, restored, hardware, report, kernels)
     done += adapt_grub_bios(restored, systems, firmware=firmware, report=report)
     done += adapt_efi(restored, systems, firmware=firmware, report=report)
-    return done + Adaptation(notes=(_INITRAMFS if systems else _NO_SYSTEM,))
+    if not systems:
+        return done + Adaptation(notes=(_NO_SYSTEM,))
+    return done if hardware is not None else done + Adaptation(notes=(_NO_HARDWARE,))

@@ -24,6 +24,10 @@ COMMANDS = {
     "backup": ("remetal.cli.backup:backup", "Capture whole disks into a new snapshot."),
     "snapshots": ("remetal.cli.snapshots:snapshots", "List the snapshots in a repository."),
     "show": ("remetal.cli.show:show", "Show everything about one snapshot."),
+    "bootability": (
+        "remetal.cli.bootability:bootability",
+        "Say whether a snapshot would boot on some hardware.",
+    ),
     "plan": ("remetal.cli.restore:plan", "Show what a restore would do, and the plan's id."),
     "restore": ("remetal.cli.restore:restore", "Bring a machine back onto disks."),
     "check": ("remetal.cli.check:check", "Check that everything is as it was written."),

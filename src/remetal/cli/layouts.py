@@ -8,6 +8,8 @@ import msgspec
 from rich.console import RenderableType
 from rich.table import Table
 
+from remetal.adapt.kernels.bootability import Outcome
+from remetal.adapt.kernels.predict import Prediction
 from remetal.cli.output import result_console
 from remetal.cli.picture import draw_plan
 from remetal.cli.tables import escape, moment, new_table
@@ -31,6 +33,8 @@ from remetal.layout.model import (
 from remetal.repository.snapshots import ImageRecord
 from remetal.units import format_bytes, format_duration
 from remetal.workflows.restore import Prepared, RestoreReport
+
+_STYLE = {Outcome.BOOTS: "green", Outcome.ADAPTED: "yellow", Outcome.CANNOT: "red"}
 
 
 def layout_table(layout: Layout, images: Sequence[ImageRecord] = ()) -> Table:
@@ -108,10 +112,42 @@ def inventory_lines(inventory: Inventory) -> str:
     )
 
 
+def predictions_record(systems: Sequence[Prediction]) -> list[dict[str, object]]:
+    """Return what becomes of systems as programs read it."""
+    return [
+        {
+            "root": each.root,
+            "name": each.name,
+            "outcome": None if each.outcome is None else each.outcome.value,
+            "problem": each.problem,
+            "notes": list(each.notes),
+            "kernels": [msgspec.to_builtins(kernel) for kernel in each.kernels],
+        }
+        for each in systems
+    ]
+
+
+def predictions_view(systems: Sequence[Prediction]) -> list[RenderableType]:
+    """Return what becomes of systems as a person reads it: a table of kernels, and the reasons below."""
+    table = new_table("system", "kernel", "what becomes of it")
+    said: list[str] = []
+    for system in systems:
+        place = f"{escape(system.name)} on {escape(system.root)}"
+        if system.problem:
+            table.add_row(place, "", f"[red]nothing can be told: {escape(system.problem)}[/red]")
+        said += [escape(note) for note in system.notes]
+        for kernel in system.kernels:
+            style = _STYLE[kernel.outcome]
+            table.add_row(place, escape(kernel.kernel), f"[{style}]{kernel.outcome.value}[/{style}]")
+            said += [f"{escape(kernel.kernel)}: {escape(line)}" for line in (*kernel.reasons, *kernel.notes)]
+            place = ""
+    return [table, *(["", *said] if said else [])]
+
+
 def plan_record(prepared: Prepared) -> dict[str, object]:
     """Return a plan as programs read it."""
     record: dict[str, object] = msgspec.to_builtins(prepared.plan)
-    return record
+    return record | {"systems": None if prepared.systems is None else predictions_record(prepared.systems)}
 
 
 def plan_view(prepared: Prepared) -> list[RenderableType]:
@@ -141,7 +177,8 @@ def plan_view(prepared: Prepared) -> list[RenderableType]:
     about = f"about {format_duration(plan.seconds)}"
     tail = f"At most {format_bytes(plan.bytes_to_write)} to write, {about}. Plan [bold]{short(plan.id)}[/bold]\n"
     picture = [escape(line) for line in draw_plan(prepared.layout, plan, result_console().width)]
-    return [head, targets, "", *picture, "", volumes, "", *notes, tail]
+    systems = [*predictions_view(prepared.systems), ""] if prepared.systems else []
+    return [head, targets, "", *picture, "", volumes, "", *systems, *notes, tail]
 
 
 def restore_lines(report: RestoreReport) -> str:

@@ -40,6 +40,16 @@ Machine = Annotated[
 ]
 
 
+Drivers = Annotated[
+    Path | None,
+    Parameter(
+        name="--drivers",
+        help="Add the drivers in this folder, modules (.ko) or packages (.deb, .rpm), to the system.",
+        metavar="DIR",
+    ),
+]
+
+
 @Parameter(name="*", group=GENERAL)
 @dataclass(frozen=True)
 class Output:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -11,7 +12,7 @@ from cyclopts import Parameter
 
 from remetal.cli.layouts import plan_record, plan_view, restore_lines
 from remetal.cli.luks_options import LuksKeyFiles, LuksPassphrases, find_asker, read_luks_keys
-from remetal.cli.options import Credentials, Machine, Output, Repo, find_secret, need_secret
+from remetal.cli.options import Credentials, Drivers, Machine, Output, Repo, find_secret, need_secret
 from remetal.cli.output import delivered, print_result, reporting, result_console
 from remetal.errors import RefusedError
 from remetal.ids import short
@@ -111,6 +112,24 @@ class Choices:
             negative="",
         ),
     ] = ()
+    inventory: Annotated[
+        Path | None,
+        Parameter(
+            name="--inventory",
+            help="Fit the system to the machine of this record (`remetal probe --json`), which the disk files are for.",
+            metavar="FILE",
+        ),
+    ] = None
+    drivers: Drivers = None
+    regenerate: Annotated[
+        bool,
+        Parameter(
+            name="--regenerate",
+            negative="",
+            help="Have the restored system's own programs make every initramfs anew at once, which takes minutes. "
+            "Default: put what is missing behind it, and let the system do that when it runs.",
+        ),
+    ] = False
     luks_passphrase_file: LuksPassphrases = ()
     luks_key_file: LuksKeyFiles = ()
 
@@ -131,6 +150,9 @@ class Choices:
             overwrite=self.overwrite,
             keys=read_luks_keys(self.luks_passphrase_file, self.luks_key_file),
             onto=onto,
+            inventory=self.inventory,
+            drivers=self.drivers,
+            regenerate=self.regenerate,
         )
 
 
@@ -182,9 +204,17 @@ def restore(
     adapt: Annotated[
         bool,
         Parameter(
-            name="--adapt", help="Fit boot loader, firmware entries and fstab to the target.", negative="--no-adapt"
+            name="--adapt",
+            help="Fit drivers, boot loader, firmware entries and fstab to the target.",
+            negative="--no-adapt",
         ),
     ] = True,
+    even_unbootable: Annotated[
+        bool,
+        Parameter(
+            name="--even-unbootable", negative="", help="Restore even where no kernel of the snapshot would boot."
+        ),
+    ] = False,
     choices: Choices = Choices(),
     credentials: Credentials = Credentials(),
     output: Output = Output(),
@@ -205,7 +235,7 @@ def restore(
                 for each in plan_view(prepared):
                     result_console().print(each)
         _check_confirmed(prepared.plan, confirm, yes)
-        result = apply_restore(prepared, verify=verify, adapt=adapt, report=report)
+        result = apply_restore(prepared, verify=verify, adapt=adapt, even_unbootable=even_unbootable, report=report)
     print_result(
         output,
         msgspec.to_builtins(result) | {"written": result.written},

@@ -9,6 +9,7 @@ from pathlib import Path
 from remetal.layout.disks import find_disk_names
 from remetal.layout.identity import SYS, describe_disk
 from remetal.layout.model import Disk, Inventory, Nic
+from remetal.layout.routes import probe_routes
 
 PROC = Path("/proc")
 
@@ -30,6 +31,7 @@ def probe_inventory(sys: Path = SYS, proc: Path = PROC) -> Inventory:
         disks=probe_disks(sys),
         nics=probe_nics(sys),
         modaliases=probe_modaliases(sys),
+        routes=probe_routes(sys, proc),
     )
 
 

@@ -339,6 +339,29 @@ class Nic(Struct, frozen=True, kw_only=True):
     place: str = ""
 
 
+class Link(Struct, frozen=True, kw_only=True):
+    """A device that a driver was bound to: how it calls itself towards modprobe(8), the driver, and the module of that.
+
+    `module` is empty if the driver was built into the kernel that ran.
+    """
+
+    modalias: str
+    driver: str
+    module: str = ""
+
+
+class Route(Struct, frozen=True, kw_only=True):
+    """How a kernel reaches a device: those on the way that drivers were bound to, the bus first.
+
+    `kind` is `disk`, `keyboard` or `network`; `name` is what a layout or an inventory calls it. A disk that is
+    reached in several ways has several.
+    """
+
+    kind: str
+    name: str
+    links: tuple[Link, ...]
+
+
 class Inventory(Struct, frozen=True, kw_only=True):
     """A machine's hardware, as far as a recovery needs it."""
 
@@ -355,6 +378,7 @@ class Inventory(Struct, frozen=True, kw_only=True):
     disks: tuple[Disk, ...] = ()
     nics: tuple[Nic, ...] = ()
     modaliases: tuple[str, ...] = ()
+    routes: tuple[Route, ...] = ()
 
 
 class Layout(Struct, frozen=True, kw_only=True, dict=True):

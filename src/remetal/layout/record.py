@@ -231,9 +231,12 @@ class _Checker:
 def _check_inventory(inventory: Inventory) -> None:
     """Hardware reaches no program, so its texts may be any; but nobody has so much of it."""
     parts = (*inventory.disks, *inventory.nics)
-    texts = [getattr(each, name) for each in (inventory, *parts) for name in each.__struct_fields__]
+    links = [link for route in inventory.routes for link in route.links]
+    every = (inventory, *parts, *inventory.routes, *links)
+    texts = [getattr(each, name) for each in every for name in each.__struct_fields__]
     longest = max(len(each) for each in (*texts, *inventory.modaliases) if isinstance(each, str))
-    if len(parts) > MAX_DISKS or len(inventory.modaliases) > MAX_LAYERS or longest > MAX_TEXT:
+    many = max(len(inventory.modaliases), len(inventory.routes), len(links))
+    if len(parts) > MAX_DISKS or many > MAX_LAYERS or longest > MAX_TEXT:
         raise _impossible("describes more hardware than any machine has")
 
 

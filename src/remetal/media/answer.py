@@ -41,8 +41,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     `map` is a target for the only disk, or source disk = target; `overwrite` are targets that are named a second time,
     because what is on them may be lost, and `protect` disks that are never written to. A LUKS file is the place of one
     that is tried on every container, or space = place. `pause` is how many seconds the plan is shown before it is
-    carried out. `settings_file` holds variables such as REMETAL_SMB_PASSWORD. `repeat` lets the same snapshot be
-    restored onto the same disks again.
+    carried out. `drivers` is a folder, `settings_file` holds variables such as REMETAL_SMB_PASSWORD. `repeat` lets the
+    same snapshot be restored onto the same disks again.
     """
 
     repository: _Text
@@ -63,6 +63,9 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     protect: tuple[_Text, ...] = ()
     grow: tuple[_Text, ...] = ()
     settings_file: _Text | None = None
+    drivers: _Text | None = None
+    regenerate: bool = False
+    even_unbootable: bool = False
     keep_sizes: bool = False
     verify: bool = False
     end: End = "shell"
@@ -135,7 +138,7 @@ def is_address(repository: str) -> bool:
 def named_places(answer: Answer) -> list[str]:
     """Return all places on volumes that an answer names."""
     own = None if is_address(answer.repository) else answer.repository
-    single = (own, answer.settings_file, answer.passphrase_file, answer.kit_file, answer.log)
+    single = (own, answer.settings_file, answer.passphrase_file, answer.kit_file, answer.drivers, answer.log)
     paired = (*pairs_of(answer.luks_passphrase_file), *pairs_of(answer.luks_key_file))
     return [place for place in single if place is not None] + [place for _, place in paired]
 
@@ -171,7 +174,7 @@ def _told(error: Exception) -> str:
 
 
 _WORDS = {"repo": "repository"}
-_SWITCHES = {"keep-sizes", "verify", "repeat"}
+_SWITCHES = {"keep-sizes", "verify", "repeat", "regenerate", "even-unbootable"}
 _LISTS = {"map", "only", "keep", "without", "dissolve", "overwrite", "protect", "grow"}
 _PAIRS = {
     "map": "Write remetal.map=SOURCE=TARGET for every disk, or remetal.map=TARGET where there is one.",
@@ -179,7 +182,7 @@ _PAIRS = {
     "luks-key-file": "Write remetal.luks-key-file=SPACE=PLACE for each container, or PLACE for all.",
 }
 """Fields of pairs, and how they are written."""
-_PLAIN = {"repository", "snapshot", "machine", "passphrase-file", "kit-file", "settings-file", "end", "log"}
+_PLAIN = {"repository", "snapshot", "machine", "passphrase-file", "kit-file", "settings-file", "drivers", "end", "log"}
 
 
 def parse_command_line(text: str) -> CommandLine:

@@ -15,11 +15,11 @@ from remetal.events import Report, Step, silent
 from remetal.media.answer import parse_answer
 from remetal.media.apt import probe_apt_sources
 from remetal.media.grub import plan_menu
-from remetal.media.initramfs import Member, write_archive
 from remetal.media.iso import write_iso
 from remetal.media.own import TREE, build_own_layer
 from remetal.media.packages import recovery_packages
 from remetal.media.root import BaseRoot, open_base
+from remetal.ondisk.cpio_write import Entry, write_archive
 from remetal.system.run import need_programs
 
 
@@ -100,13 +100,13 @@ def write_initrd(output: Path, base: BaseRoot, own: Path) -> None:
     folders = ("bin", "dev", "modules", "proc", "sys")
     scripts = sorted((TREE / "initramfs").iterdir())
     members = [
-        *(Member(name, None) for name in folders),
-        Member("bin/busybox", base.path("busybox")),
-        *(Member(script.name, script.read_bytes()) for script in scripts),
-        *(Member(f"modules/{name}", base.path(name), 0o644) for name in base.modules),
-        Member("modules/order", "".join(f"{name}\n" for name in base.modules).encode(), 0o644),
-        Member("root.squashfs", base.path("root.squashfs"), 0o600),
-        Member("own.squashfs", own, 0o600),
+        *(Entry(name, None) for name in folders),
+        Entry("bin/busybox", base.path("busybox")),
+        *(Entry(script.name, script.read_bytes()) for script in scripts),
+        *(Entry(f"modules/{name}", base.path(name), 0o644) for name in base.modules),
+        Entry("modules/order", "".join(f"{name}\n" for name in base.modules).encode(), 0o644),
+        Entry("root.squashfs", base.path("root.squashfs"), 0o600),
+        Entry("own.squashfs", own, 0o600),
     ]
     with output.open("wb") as file:
         write_archive(file, members)

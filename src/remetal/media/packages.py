@@ -10,7 +10,7 @@ _BOOT = """
     efibootmgr grub-efi-amd64-bin grub-efi-amd64-signed grub-pc-bin grub2-common shim-signed
 """
 _SYSTEM = """
-    busybox-static kbd console-data kmod procps psmisc python3 udev
+    busybox-static kbd console-data kmod libarchive-tools procps psmisc python3 udev
 """
 _NETWORK = """
     ca-certificates curl iproute2 iputils-ping netbase openssh-client

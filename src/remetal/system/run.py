@@ -39,10 +39,12 @@ _PATIENCE = 5.0
 
 PACKAGES = {
     "blkid": "util-linux",
+    "bsdtar": "libarchive-tools",
     "btrfs": "btrfs-progs",
     "cryptsetup": "cryptsetup-bin",
     "depmod": "kmod",
     "dmsetup": "dmsetup",
+    "dpkg-deb": "dpkg",
     "dumpe2fs": "e2fsprogs",
     "e2fsck": "e2fsprogs",
     "fsck.exfat": "exfatprogs",
@@ -65,6 +67,7 @@ PACKAGES = {
     "mkswap": "util-linux",
     "mmd": "mtools",
     "mmdebstrap": "mmdebstrap",
+    "modinfo": "kmod",
     "modprobe": "kmod",
     "ntfsresize": "ntfs-3g",
     "psql": "postgresql-client",

@@ -209,7 +209,9 @@ def recover(
             recovery.plan = msgspec.json.format(msgspec.json.encode(prepared.plan), indent=2)
             recovery.mark = plan_mark(prepared.snapshot.id, prepared.targets)
             agree(prepared)
-            recovery.report = apply_restore(prepared, verify=answer.verify, report=report)
+            recovery.report = apply_restore(
+                prepared, verify=answer.verify, even_unbootable=answer.even_unbootable, report=report
+            )
     recovery.seconds = time.monotonic() - began
 
 
@@ -233,6 +235,8 @@ def _make_request(answer: Answer, places: Places) -> RestoreRequest:
         overwrite=tuple(str(select_disk(each, disks)) for each in answer.overwrite),
         protect=tuple(str(select_disk(each, disks)) for each in answer.protect),
         keys=tuple(_read_luks_keys(answer, places)),
+        drivers=None if answer.drivers is None else places.path(answer.drivers),
+        regenerate=answer.regenerate,
     )
 
 

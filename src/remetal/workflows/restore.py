@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -17,6 +17,11 @@ from pathlib import Path
 import msgspec.structs
 
 from remetal.adapt import Adaptation, adapt_system
+from remetal.adapt.kernels.adapt import AS_USUAL, KernelChoices
+from remetal.adapt.kernels.bootability import Outcome
+from remetal.adapt.kernels.drivers import Drivers, opened_drivers
+from remetal.adapt.kernels.predict import Prediction, predict_systems
+from remetal.adapt.kernels.survey import Hardware
 from remetal.errors import RefusedError, RemetalError, UnfinishedError, UsageError
 from remetal.events import Note, Report, Step, Warn, silent
 from remetal.image.copy import restore_files
@@ -52,6 +57,7 @@ from remetal.workflows.access import (
     select_snapshot,
     unlock,
 )
+from remetal.workflows.bootability import read_inventory, shown_images
 from remetal.workflows.leftout import with_left_out
 from remetal.workflows.passphrases import AskPassphrase, ask_for_key
 from remetal.workflows.stores import opened_store
@@ -69,6 +75,8 @@ class RestoreRequest:
     them, and not in the snapshot, may be lost. `only` limits the restore to these source disks or volumes; empty means
     all. `keep` are volumes that stay as they are on the target, `protect` paths of disks that must not be written to.
     `onto` is the record of another machine (`remetal probe --json`): the plan is made for that one, and only shows.
+    `inventory` is the record of the machine that disk files are for, `drivers` a folder of drivers to add to the
+    system; with `regenerate` its own programs make every initramfs anew at once.
     """
 
     repository: str
@@ -85,6 +93,9 @@ class RestoreRequest:
     protect: tuple[str, ...] = ()
     keys: tuple[Key, ...] = ()
     onto: str | None = None
+    inventory: Path | None = None
+    drivers: Path | None = None
+    regenerate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +113,11 @@ class Prepared:
     targets: Mapping[str, Path]
     keys: tuple[Key, ...] = ()
     """What opens the encrypted containers: one for each."""
+    hardware: Hardware | None = None
+    """What the restored system is to run on; None if that is not known."""
+    systems: tuple[Prediction, ...] | None = None
+    """What will become of each installed system on that hardware; None if that was not looked at."""
+    kernels: KernelChoices = AS_USUAL
 
 
 @dataclass(slots=True)
@@ -137,7 +153,7 @@ def prepared_restore(
     request opens. Raises RefusedError if the restore is impossible or
     unsafe, UsageError if the request names what does not exist, DamagedError if the repository lacks data.
     """
-    with opened_store(request.repository, read_only=True) as opened:
+    with opened_drivers(request.drivers) as drivers, opened_store(request.repository, read_only=True) as opened:
         repository = open_repository(opened.store)
         key = unlock(repository, secret) if secret is not None else None
         catalogs = open_records(repository, key)
@@ -177,11 +193,19 @@ def prepared_restore(
             need_step_programs(plan.steps)
             need_no_twins(plan.steps, [Path(target.path) for target in targets.values()])
         keys: tuple[Key, ...] = ()
+        hardware = _find_hardware(request, targets)
+        if hardware is None and (request.drivers is not None or request.regenerate):
+            raise UsageError(
+                "drivers are fitted to a machine, and nobody said for which one the disk files are",
+                hint="Add --inventory FILE, made on that machine by `remetal probe --json > FILE`.",
+            )
+        systems = None
         if key is not None:
             wanted = {each.image for step in plan.steps for each in images_in(step)}
             reader = open_reader(repository, key, snapshot, report=report)
             reader.verify_present([image for image in snapshot.images if image.volume in wanted])
             keys = _find_keys(plan, snapshot, reader, request.keys, ask)
+            systems = _predict(reader, snapshot, layout, plan, hardware, drivers, report)
         yield Prepared(
             repository,
             key if request.onto is None else None,
@@ -190,20 +214,31 @@ def prepared_restore(
             plan,
             {name: Path(target.path) for name, target in targets.items()},
             keys,
+            hardware,
+            systems,
+            KernelChoices(drivers, request.regenerate),
         )
 
 
 def apply_restore(
-    prepared: Prepared, *, verify: bool = False, adapt: bool = True, report: Report = silent
+    prepared: Prepared,
+    *,
+    verify: bool = False,
+    adapt: bool = True,
+    even_unbootable: bool = False,
+    report: Report = silent,
 ) -> RestoreReport:
     """Carry out a prepared plan: structures, images, growth, adaptation, and on request a second reading.
 
-    Raises UnfinishedError for whatever goes wrong after the first write; the same command then goes on.
+    Raises RefusedError, with nothing touched, if no kernel of an installed system would boot on the hardware, unless
+    `even_unbootable`; UnfinishedError for whatever goes wrong after the first write; the same command then goes on.
     """
     if prepared.key is None:
         raise RefusedError("a restore needs the repository's passphrase or its recovery kit")
     if any(not isinstance(layer, (GptTable, MbrTable, Raw)) for layer in prepared.layout.layers):
         need_loops()
+    if adapt and not even_unbootable:
+        _need_bootable(prepared.systems or ())
     began = time.monotonic()
     result = RestoreReport(plan=prepared.plan.id, snapshot=prepared.snapshot.id)
     try:
@@ -219,6 +254,8 @@ def apply_restore(
                     prepared.plan.result,
                     site.devices,
                     firmware=_own_firmware(prepared),
+                    hardware=prepared.hardware,
+                    kernels=prepared.kernels,
                     moved=prepared.plan.moved,
                     kept=_find_kept(prepared.plan),
                     report=report,
@@ -439,6 +476,54 @@ def _find_kept(plan: Plan) -> frozenset[SpaceId]:
     written = {step.device for step in plan.steps if isinstance(step, WriteBootCode)}
     tables = {layer.on for layer in plan.result.layers if isinstance(layer, (GptTable, MbrTable))}
     return frozenset({fate.volume for fate in plan.fates if fate.action == "kept"} | (tables - written))
+
+
+def _find_hardware(request: RestoreRequest, targets: Mapping[str, Target]) -> Hardware | None:
+    """Return what the restored system is to run on: the recorded machine, or this one if the targets are its disks."""
+    names = {name: target.name for name, target in targets.items()}
+    if request.inventory is not None:
+        return Hardware(read_inventory(request.inventory))
+    if request.onto is not None:
+        recorded = read_machine(Path(request.onto)).inventory
+        return None if recorded is None else Hardware(recorded, names)
+    if all(not target.is_file for target in targets.values()):
+        return Hardware(probe_inventory(), names)
+    return None
+
+
+def _predict(
+    reader: Reader,
+    snapshot: Snapshot,
+    layout: Layout,
+    plan: Plan,
+    hardware: Hardware | None,
+    drivers: Drivers,
+    report: Report,
+) -> tuple[Prediction, ...] | None:
+    """Return what will become of the systems that a plan restores; None if nobody can tell."""
+    if hardware is None:
+        return None
+    kept = _find_kept(plan)
+    try:
+        need_loops()
+        with shown_images(reader, snapshot, layout, plan.result, moved=plan.moved, kept=kept) as shown:
+            return predict_systems(shown, hardware, report, drivers)
+    except RefusedError as error:
+        report(Note(f"whether it will boot was not looked at: {error.message}"))
+        return None
+
+
+def _need_bootable(systems: Sequence[Prediction]) -> None:
+    """Raise RefusedError if there are systems, and none of them would boot."""
+    if not systems or any(each.outcome in {Outcome.BOOTS, Outcome.ADAPTED} for each in systems):
+        return
+    first = systems[0]
+    why = first.problem or next((reason for kernel in first.kernels for reason in kernel.reasons), "")
+    raise RefusedError(
+        f"no kernel of {first.name} on {first.root} would boot there: {why}",
+        hint="Give the drivers that it lacks with --drivers, or choose other hardware or an older snapshot. To restore "
+        "what is there all the same, add --even-unbootable.",
+    )
 
 
 def _own_firmware(prepared: Prepared) -> str | None:

@@ -1,22 +1,25 @@
-"""The initramfs: cpio archives one behind the other, as the kernel unpacks them.
+"""Writing the archives of an initramfs: cpio ("newc"), one behind the other, as the kernel unpacks them; see `cpio`.
 
-Source: the kernel's Documentation/driver-api/early-userspace/buffer-format.rst ("newc" cpio).
+Source: Linux Documentation/driver-api/early-userspace/buffer-format.rst.
 """
 
 from __future__ import annotations
 
 import shutil
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from io import BytesIO
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 _ALIGNMENT = 4
+_BLOCK = 512
 _TRAILER = "TRAILER!!!"
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class Entry:
     """One entry: a folder (`content` is None), a symbolic link (a str), or a file (bytes, or the path of one)."""
 
     name: str
@@ -24,14 +27,29 @@ class Member:
     mode: int = 0o755
 
 
-def write_archive(output: BinaryIO, members: list[Member]) -> None:
+def write_archive(output: BinaryIO, members: list[Entry]) -> None:
     """Append an uncompressed cpio archive of these members, all owned by root; folders before their content."""
     for number, member in enumerate(members, start=1):
         _write_member(output, member, number)
     _write_header(output, _TRAILER, 0, 0, 0)
 
 
-def _write_member(output: BinaryIO, member: Member, number: int) -> None:
+def encode_archive(files: Mapping[str, bytes]) -> bytes:
+    """Return an archive of these files by their paths, with the folders that they lie in; all are root's.
+
+    It begins and ends with zeros, so that it may stand behind whatever an initramfs ends with: what unpacks LZ4 takes
+    other bytes for more of its stream.
+    """
+    output = BytesIO(bytes(_BLOCK))
+    output.seek(_BLOCK)
+    folders = {str(parent) for path in files for parent in PurePosixPath(path).parents} - {"."}
+    entries = [Entry(path, None) for path in sorted(folders)]
+    write_archive(output, [*entries, *(Entry(path, data, 0o644) for path, data in sorted(files.items()))])
+    output.write(bytes(-output.tell() % _BLOCK))
+    return output.getvalue()
+
+
+def _write_member(output: BinaryIO, member: Entry, number: int) -> None:
     match member.content:
         case None:
             _write_header(output, member.name, stat.S_IFDIR | member.mode, 0, number)
@@ -50,7 +68,7 @@ def _write_member(output: BinaryIO, member: Member, number: int) -> None:
 
 
 def _write_header(output: BinaryIO, name: str, mode: int, size: int, number: int) -> None:
-    encoded = name.encode() + b"\0"
+    encoded = name.encode("utf-8", "surrogateescape") + b"\0"
     links = 2 if stat.S_ISDIR(mode) else 1
     fields = (number, mode, 0, 0, links, 0, size, 0, 0, 0, 0, len(encoded), 0)
     output.write(b"070701" + b"".join(b"%08X" % field for field in fields) + encoded)
