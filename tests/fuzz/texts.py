@@ -22,6 +22,7 @@ from remetal.errors import DamagedError, RefusedError, UnavailableError, UsageEr
 from remetal.image.extents import DoubtfulMapError, parse_ext_map, parse_xfs_map
 from remetal.image.ranges import Extents
 from remetal.layout.identity import parse_serial_page
+from remetal.layout.inventory import parse_udev_data
 from remetal.layout.signatures import parse_signature
 from remetal.media.answer import merge_answer, parse_answer, parse_command_line, parse_place
 from remetal.media.volumes import parse_volumes
@@ -29,6 +30,8 @@ from remetal.storage.http import HttpStore, find_name
 from remetal.units import parse_bytes, parse_duration
 from tests.adapt_identities import SERVER
 from tests.fuzz.target import Target
+from tests.network_systems import OLD
+from tests.property import test_network_property as network
 from tests.property.test_adapt_text_property import PLANNERS
 
 Planner = Callable[[str, Identities, str], TextPlan]
@@ -56,6 +59,27 @@ def planner_targets() -> Iterator[Target]:
     for planner, examples in PLANNERS.items():
         seeds = [each.replace("{name}", "/dev/sda1").replace("{uuid}", "0").encode() for each in examples]
         yield Target(planner.__name__, planned(planner), (), lambda seeds=seeds: seeds)  # type: ignore[misc]
+
+
+def networked(planner: network.Planner, finder: network.Finder | None) -> Callable[[bytes], None]:
+    """Return a reader of a file about the network: what it says of cards is found, and one plan is enough."""
+
+    def run(data: bytes) -> None:
+        text = text_of(data)
+        if finder is not None:
+            finder(text, "/etc/file.link")
+        plan = planner(text, network.MOVED, "/etc/file.link")
+        assert bool(plan.changes) == (plan.text != text)
+        again = planner(plan.text, network.MOVED, "/etc/file.link")
+        assert (again.text, again.changes) == (plan.text, ())
+
+    return run
+
+
+def network_targets() -> Iterator[Target]:
+    for planner, (finder, examples) in network.PLANNERS.items():
+        seeds = [each.replace("{mac}", OLD.mac).encode() for each in examples]
+        yield Target(planner.__name__, networked(planner, finder), (), lambda seeds=seeds: seeds)  # type: ignore[misc]
 
 
 def fstab(data: bytes) -> None:
@@ -155,6 +179,13 @@ _ENTRY = b"\1\0\0\0\x04\0d\0\0\0\x7f\xff\4\0"
 
 TARGETS = [
     *planner_targets(),
+    *network_targets(),
+    Target(
+        "udev-data",
+        lambda data: (parse_udev_data(text_of(data)), None)[1],
+        (),
+        lambda: [b"E:ID_PATH=pci-0000:00:03.0\nE:ID_NET_NAME_MAC=enx525400123456\nG:systemd\n"],
+    ),
     Target(
         "fstab",
         fstab,

@@ -153,7 +153,7 @@ def restore(folder: Path, *words: str) -> dict[str, Any]:
     isolate_host()
     site = Site(folder)
     secrets = ("--luks-passphrase-file", site.key, "--passphrase-file", site.secret)
-    done = site.remetal("restore", "latest", "--yes", *words, *secrets)
+    done = site.remetal("restore", "latest", "--yes", "--even-unbootable", *words, *secrets)
     program("udevadm", "settle")
     adaptation: dict[str, Any] = done["adaptation"]
     return adaptation

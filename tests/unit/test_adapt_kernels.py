@@ -60,6 +60,7 @@ from tests.kernels import (
     encode_module,
     install_kernel,
 )
+from tests.unit.test_ondisk_cpio import PACKERS
 
 MEGARAID = "pci:v00001000d00000060sv00001028sd00001F0Cbc01sc04i00"
 AHCI = "pci:v00008086d00002922sv00001AF4sd00001100bc01sc06i01"
@@ -301,6 +302,23 @@ def test_twice_is_once(box: Box) -> None:
     assert box.predict(ON_AHCI) is Outcome.BOOTS
     assert box.adapt(ON_AHCI) == Adaptation()
     assert box.path.read_bytes() == content
+
+
+@pytest.mark.parametrize("packing", ["gzip", "lz4", "zstd"])
+@pytest.mark.parametrize("length", [0, 1, 2, 3])
+def test_whatever_the_size_of_what_was_there(tmp_path: Path, packing: str, length: int) -> None:
+    """The kernel finds an archive only where it looks for one; and so does our reader."""
+
+    def fill(root: Path) -> None:
+        install_kernel(root)
+        plain = encode_initramfs(files={"length": os.urandom(999 + length)})
+        packed = subprocess.run(PACKERS[packing], input=plain, capture_output=True, check=True).stdout
+        (root / f"boot/initrd.img-{VERSION}").write_bytes(packed)
+
+    box = Box(tmp_path, fill)
+    assert box.adapt(ON_AHCI).changes
+    assert box.predict(ON_AHCI) is Outcome.BOOTS
+    assert box.adapt(ON_AHCI) == Adaptation()
 
 
 def test_where_nothing_is_missing_nothing_is_touched(box: Box) -> None:

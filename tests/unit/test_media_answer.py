@@ -23,6 +23,7 @@ repository = "usb:BACKUP/machines"
 snapshot = "4be1f03a"
 machine = "phoenix"
 map = { sda = "serial:S4EVNX0M1", sdb = "/dev/vdb" }
+nic = { ens3 = "b4:45:06:aa:bb:01", "52:54:00:12:34:57" = "none" }
 passphrase-file = "uuid:1234-ABCD/secret/phrase"
 luks-passphrase = "open sesame"
 luks-passphrase-file = "luks.txt"
@@ -50,6 +51,7 @@ def test_every_field_of_an_answer_file_is_understood() -> None:
         snapshot="4be1f03a",
         machine="phoenix",
         map={"sda": "serial:S4EVNX0M1", "sdb": "/dev/vdb"},
+        nic={"ens3": "b4:45:06:aa:bb:01", "52:54:00:12:34:57": "none"},
         passphrase_file="uuid:1234-ABCD/secret/phrase",
         luks_passphrase="open sesame",
         luks_passphrase_file="luks.txt",
@@ -162,6 +164,9 @@ def test_the_kernels_command_line() -> None:
             "end": "reboot",
         }
     )
+    assert parse_command_line("remetal.nic=ens3=b4:45:06:aa:bb:01 remetal.nic=ens4=none").fields == {
+        "nic": {"ens3": "b4:45:06:aa:bb:01", "ens4": "none"}
+    }
     assert parse_command_line("remetal.map=/dev/vda").fields == {"map": "/dev/vda"}
     assert parse_command_line(
         "remetal.grow=sda:2,vg0/home remetal.grow=md/data remetal.without=sdb remetal.dissolve=md/root "
@@ -199,6 +204,8 @@ def test_the_kernels_command_line() -> None:
         "remetal.map=sda=/dev/vda,sda=/dev/vdb",
         "remetal.map==/dev/vdb",
         "remetal.map=",
+        "remetal.nic=",
+        "remetal.nic=ens3=a remetal.nic=ens3=b",
         "remetal.grow=",
         "remetal.grow=sda:2,",
         "remetal.overwrite",

@@ -14,6 +14,7 @@ from remetal.adapt.efi import adapt_efi
 from remetal.adapt.grub_bios import adapt_grub_bios
 from remetal.adapt.kernels.adapt import AS_USUAL, KernelChoices, adapt_kernels
 from remetal.adapt.kernels.survey import Hardware
+from remetal.adapt.network import Network, adapt_network
 from remetal.adapt.package_cache import adapt_package_cache
 from remetal.adapt.restored import Restored
 from remetal.adapt.roots import find_systems
@@ -38,6 +39,7 @@ def adapt_system(
     kernels: KernelChoices = AS_USUAL,
     moved: Mapping[SpaceId, SpaceId] = MappingProxyType({}),
     kept: Collection[SpaceId] = (),
+    network: Network | None = None,
     report: Report = silent,
 ) -> Adaptation:
     """Make the restored system boot where it stands now, and say what was changed.
@@ -46,7 +48,8 @@ def adapt_system(
     its disks, block devices or disk files, and of the arrays, volumes and containers that are open on them. `moved`
     and `kept` are as in `Restored`. `firmware` is `bios` or `uefi` of the machine that we run on if the disks are its
     own, None for disk files: their NVRAM is elsewhere. `hardware` is the machine that it is to run on, if that is
-    known; `kernels` is what was chosen for its drivers.
+    known; `kernels` is what was chosen for its drivers. `network` are the network cards of the captured machine and of
+    that one.
 
     Raises RemetalError if a disk or a file system fails; running it again goes on.
     """
@@ -58,6 +61,7 @@ def adapt_system(
         report(Note(f"{system.root} holds {system.name}"))
         done += adapt_storage_files(system, restored)
         done += adapt_package_cache(system, restored)
+        done += adapt_network(system, restored, network, report)
         done += adapt_kernels(system, restored, hardware, report, kernels)
     done += adapt_grub_bios(restored, systems, firmware=firmware, report=report)
     done += adapt_efi(restored, systems, firmware=firmware, report=report)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from remetal.adapt.kernels.bootability import Outcome
 from remetal.adapt.kernels.predict import Prediction
+from remetal.adapt.network.matching import describe_nic, is_same_card
 from remetal.cli.output import result_console
 from remetal.cli.picture import draw_plan
 from remetal.cli.tables import escape, moment, new_table
@@ -30,6 +31,7 @@ from remetal.layout.model import (
     is_extended,
     spaces_of,
 )
+from remetal.layout.plan import Plan
 from remetal.repository.snapshots import ImageRecord
 from remetal.units import format_bytes, format_duration
 from remetal.workflows.restore import Prepared, RestoreReport
@@ -178,7 +180,18 @@ def plan_view(prepared: Prepared) -> list[RenderableType]:
     tail = f"At most {format_bytes(plan.bytes_to_write)} to write, {about}. Plan [bold]{short(plan.id)}[/bold]\n"
     picture = [escape(line) for line in draw_plan(prepared.layout, plan, result_console().width)]
     systems = [*predictions_view(prepared.systems), ""] if prepared.systems else []
-    return [head, targets, "", *picture, "", volumes, "", *systems, *notes, tail]
+    return [head, targets, "", *picture, "", volumes, "", *systems, *_nics_view(plan), *notes, tail]
+
+
+def _nics_view(plan: Plan) -> list[RenderableType]:
+    """Return what becomes of the network cards; nothing where all of them are the same as before."""
+    if all(each.now is not None and is_same_card(each.before, each.now) for each in plan.nics):
+        return []
+    table = new_table("network card", "becomes", "because")
+    for each in plan.nics:
+        now = describe_nic(each.now) if each.now is not None else "none"
+        table.add_row(escape(describe_nic(each.before)), escape(now), escape(each.reason))
+    return [table, ""]
 
 
 def restore_lines(report: RestoreReport) -> str:

@@ -130,6 +130,16 @@ class Choices:
             "Default: put what is missing behind it, and let the system do that when it runs.",
         ),
     ] = False
+    nic: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name="--nic",
+            help="Let the target's network card NEW be what OLD was on the captured machine, each by its name or its "
+            "address; NEW may be `none`. May be repeated. Default: by address, by slot and driver, by what is left.",
+            metavar="OLD=NEW",
+            negative="",
+        ),
+    ] = ()
     luks_passphrase_file: LuksPassphrases = ()
     luks_key_file: LuksKeyFiles = ()
 
@@ -153,6 +163,7 @@ class Choices:
             inventory=self.inventory,
             drivers=self.drivers,
             regenerate=self.regenerate,
+            nics=self.nic,
         )
 
 
@@ -205,7 +216,7 @@ def restore(
         bool,
         Parameter(
             name="--adapt",
-            help="Fit drivers, boot loader, firmware entries and fstab to the target.",
+            help="Fit drivers, boot loader, firmware entries, fstab and network to the target.",
             negative="--no-adapt",
         ),
     ] = True,

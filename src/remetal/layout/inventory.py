@@ -10,8 +10,16 @@ from remetal.layout.disks import find_disk_names
 from remetal.layout.identity import SYS, describe_disk
 from remetal.layout.model import Disk, Inventory, Nic
 from remetal.layout.routes import probe_routes
+from remetal.system.ethtool import read_permanent_address
 
 PROC = Path("/proc")
+UDEV = Path("/run/udev/data")
+
+_NAMING = re.compile(r"ID_NET_(?:NAME|LABEL)_")
+_UP = 1
+"""IFF_UP (netdevice(7))."""
+_INFINIBAND = "32"
+"""ARPHRD_INFINIBAND."""
 
 
 def probe_inventory(sys: Path = SYS, proc: Path = PROC) -> Inventory:
@@ -40,22 +48,48 @@ def probe_disks(sys: Path = SYS) -> tuple[Disk, ...]:
     return tuple(describe_disk(name, sys) for name in find_disk_names(sys))
 
 
-def probe_nics(sys: Path = SYS) -> tuple[Nic, ...]:
-    """Describe the network interfaces that are hardware, in the order of their names."""
-    nics = []
-    for folder in sorted((sys / "class/net").glob("*")):
-        device = folder / "device"
-        if device.exists():
-            driver = device / "driver"
-            nics.append(
-                Nic(
-                    name=folder.name,
-                    mac=_text(folder / "address"),
-                    driver=driver.resolve().name if driver.exists() else "",
-                    place=device.resolve().name,
-                )
-            )
-    return tuple(nics)
+def probe_nics(sys: Path = SYS, udev: Path = UDEV) -> tuple[Nic, ...]:
+    """Describe the network interfaces that are hardware, in the order of their names.
+
+    `udev` is udev's database. Sources: Linux Documentation/ABI/testing/sysfs-class-net, systemd.net-naming-scheme(7).
+    """
+    folders = (each for each in sorted((sys / "class/net").glob("*")) if (each / "device").exists())
+    return tuple(_probe_nic(folder, sys, udev) for folder in folders)
+
+
+def _probe_nic(folder: Path, sys: Path, udev: Path) -> Nic:
+    device = folder / "device"
+    driver = device / "driver"
+    index, assigned, flags = (_text(folder / name) for name in ("ifindex", "addr_assign_type", "flags"))
+    told = parse_udev_data(_text(udev / f"n{index}")) if index.isdecimal() else {}
+    return Nic(
+        name=folder.name,
+        mac=_text(folder / "address"),
+        driver=driver.resolve().name if driver.exists() else "",
+        place=device.resolve().name,
+        permanent=read_permanent_address(folder.name) if sys == SYS else "",
+        assigned=int(assigned) if assigned.isdecimal() else -1,
+        kind=_probe_kind(folder),
+        path=told.get("ID_PATH", ""),
+        properties=tuple(f"{name}={told[name]}" for name in sorted(told) if _NAMING.match(name)),
+        up=bool(int(flags, 16) & _UP) if flags.startswith("0x") else False,
+        carrier=_text(folder / "carrier") == "1",
+        virtual=(device / "physfn").exists(),
+    )
+
+
+def _probe_kind(folder: Path) -> str:
+    if (folder / "phy80211").exists() or (folder / "wireless").exists():
+        return "wlan"
+    if "DEVTYPE=wwan" in _text(folder / "uevent").splitlines():
+        return "wwan"
+    return "infiniband" if _text(folder / "type") == _INFINIBAND else ""
+
+
+def parse_udev_data(text: str) -> dict[str, str]:
+    """Return the properties in a device's record in udev's database, whose lines are `E:NAME=VALUE`."""
+    lines = (line[2:].partition("=") for line in text.splitlines() if line.startswith("E:"))
+    return {name: value for name, equals, value in lines if equals}
 
 
 def probe_modaliases(sys: Path = SYS) -> tuple[str, ...]:

@@ -331,12 +331,35 @@ class Captured(Struct, frozen=True, kw_only=True):
 
 
 class Nic(Struct, frozen=True, kw_only=True):
-    """A network interface: kernel name, MAC address, driver, and its place on the bus."""
+    """A network interface that is hardware: kernel name, MAC address of the moment, driver, and its place on the bus.
+
+    `path` is its place as udev knows it (ID_PATH, `pci-0000:00:03.0`), `properties` what udev tells of its names, as
+    `ID_NET_NAME_PATH=enp0s3`. All but name and address are empty where nobody could tell.
+    """
 
     name: str
     mac: str
     driver: str = ""
     place: str = ""
+    permanent: str = ""
+    """The address that the card itself has, which a bond or a person may have covered with another one."""
+    assigned: int = -1
+    """How it came by its address: 0 by its hardware, 1 at random, 2 from another, 3 set by somebody; -1: not known."""
+    kind: str = ""
+    """`wlan`, `wwan`, `infiniband`; empty for Ethernet, and where nobody could tell."""
+    path: str = ""
+    properties: tuple[str, ...] = ()
+    up: bool = False
+    """Whether the system had switched it on."""
+    carrier: bool = False
+    """Whether it has a link. One that is not switched on does not know."""
+    virtual: bool = False
+    """Whether it is a virtual function of another card (SR-IOV)."""
+
+    @property
+    def address(self) -> str:
+        """The address that the card is known by: its own one where that is known, else the one of the moment."""
+        return self.permanent or self.mac
 
 
 class Link(Struct, frozen=True, kw_only=True):

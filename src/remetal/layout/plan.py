@@ -8,7 +8,7 @@ under the same id.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import msgspec
 import msgspec.structs
@@ -27,6 +27,7 @@ from remetal.layout.model import (
     Luks,
     MbrTable,
     MdArray,
+    Nic,
     Raw,
     SpaceId,
     Struct,
@@ -43,7 +44,7 @@ from remetal.layout.steps import ImageFacts, MakeSwap, OpenContainer, Step, Writ
 from remetal.ondisk.regions import BadStructureError
 from remetal.units import MIB, format_bytes
 
-__all__ = ["Fate", "ImageFacts", "Plan", "PlanOptions", "Step", "Target", "WriteImage", "plan_restore"]
+__all__ = ["Fate", "ImageFacts", "NicFate", "Plan", "PlanOptions", "Step", "Target", "WriteImage", "plan_restore"]
 
 
 class Target(Struct, frozen=True, kw_only=True):
@@ -101,6 +102,19 @@ class Fate(Struct, frozen=True, kw_only=True):
     text: str
 
 
+class NicFate(Struct, frozen=True, kw_only=True):
+    """What becomes of one network card of the captured machine, if the system uses it; `reason` says why.
+
+    `now` is None where it becomes none; `guess` says that it might as well be another, `chosen` that somebody said so.
+    """
+
+    before: Nic
+    now: Nic | None
+    reason: str
+    guess: bool = False
+    chosen: bool = False
+
+
 class Plan(Struct, frozen=True, kw_only=True):
     """A restore, step by step. `result` is the layout as it will stand, under the source disks' names.
 
@@ -121,6 +135,8 @@ class Plan(Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...]
     result: Layout
     moved: dict[SpaceId, SpaceId]
+    nics: tuple[NicFate, ...] = ()
+    """Empty where nobody knows on which machine the disks will be."""
 
 
 def plan_restore(
@@ -395,6 +411,12 @@ def _plan_warnings(result: Layout, targets: Mapping[str, Target]) -> Iterator[st
             if end < result.disk(name).size:
                 rest = format_bytes(result.disk(name).size - end)
                 yield f"a DOS partition table cannot use the last {rest} of {target.path}"
+
+
+def hash_choice(plan: Plan, words: Sequence[str]) -> str:
+    """Return the id of a plan that depends on more than its disks: `words` say on what."""
+    record = msgspec.json.encode([plan.id, list(words)])
+    return hashlib.blake2b(record, digest_size=16, person=b"remetal plan 1").hexdigest()
 
 
 def _hash_plan(

@@ -234,8 +234,9 @@ def _check_inventory(inventory: Inventory) -> None:
     links = [link for route in inventory.routes for link in route.links]
     every = (inventory, *parts, *inventory.routes, *links)
     texts = [getattr(each, name) for each in every for name in each.__struct_fields__]
-    longest = max(len(each) for each in (*texts, *inventory.modaliases) if isinstance(each, str))
-    many = max(len(inventory.modaliases), len(inventory.routes), len(links))
+    told = [each for nic in inventory.nics for each in nic.properties]
+    longest = max(len(each) for each in (*texts, *told, *inventory.modaliases) if isinstance(each, str))
+    many = max(len(inventory.modaliases), len(inventory.routes), len(links), len(told))
     if len(parts) > MAX_DISKS or many > MAX_LAYERS or longest > MAX_TEXT:
         raise _impossible("describes more hardware than any machine has")
 

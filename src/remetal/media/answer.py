@@ -38,7 +38,8 @@ _HINT = "How an answer file looks is in the how-to 'Recover without a keyboard'.
 class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
     """Everything that an unattended recovery needs to know. Places are written as `Place` understands them.
 
-    `map` is a target for the only disk, or source disk = target; `overwrite` are targets that are named a second time,
+    `map` is a target for the only disk, or source disk = target; `nic` is a network card of the target for cards of the
+    captured machine, or `none`; `overwrite` are targets that are named a second time,
     because what is on them may be lost, and `protect` disks that are never written to. A LUKS file is the place of one
     that is tried on every container, or space = place. `pause` is how many seconds the plan is shown before it is
     carried out. `drivers` is a folder, `settings_file` holds variables such as REMETAL_SMB_PASSWORD. `repeat` lets the
@@ -49,6 +50,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     snapshot: _Text = "latest"
     machine: _Text | None = None
     map: _Text | dict[_Text, _Text] = msgspec.field(default_factory=dict)
+    nic: dict[_Text, _Text] = msgspec.field(default_factory=dict)
     passphrase: _Text | None = None
     passphrase_file: _Text | None = None
     kit_file: _Text | None = None
@@ -178,6 +180,7 @@ _SWITCHES = {"keep-sizes", "verify", "repeat", "regenerate", "even-unbootable"}
 _LISTS = {"map", "only", "keep", "without", "dissolve", "overwrite", "protect", "grow"}
 _PAIRS = {
     "map": "Write remetal.map=SOURCE=TARGET for every disk, or remetal.map=TARGET where there is one.",
+    "nic": "Write remetal.nic=OLD=NEW for each network card, by name or address.",
     "luks-passphrase-file": "Write remetal.luks-passphrase-file=SPACE=PLACE for each container, or PLACE for all.",
     "luks-key-file": "Write remetal.luks-key-file=SPACE=PLACE for each container, or PLACE for all.",
 }

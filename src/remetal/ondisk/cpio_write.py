@@ -1,6 +1,6 @@
 """Writing the archives of an initramfs: cpio ("newc"), one behind the other, as the kernel unpacks them; see `cpio`.
 
-Source: Linux Documentation/driver-api/early-userspace/buffer-format.rst.
+Sources: Linux Documentation/driver-api/early-userspace/buffer-format.rst, init/initramfs.c, lib/decompress_unlz4.c.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
+
+from remetal.ondisk.cpio import End
+from remetal.ondisk.packed import pack_lz4
 
 _ALIGNMENT = 4
 _BLOCK = 512
@@ -35,18 +38,25 @@ def write_archive(output: BinaryIO, members: list[Entry]) -> None:
 
 
 def encode_archive(files: Mapping[str, bytes]) -> bytes:
-    """Return an archive of these files by their paths, with the folders that they lie in; all are root's.
-
-    It begins and ends with zeros, so that it may stand behind whatever an initramfs ends with: what unpacks LZ4 takes
-    other bytes for more of its stream.
-    """
-    output = BytesIO(bytes(_BLOCK))
-    output.seek(_BLOCK)
+    """Return an archive of these files by their paths, with the folders that they lie in; all are root's."""
+    output = BytesIO()
     folders = {str(parent) for path in files for parent in PurePosixPath(path).parents} - {"."}
     entries = [Entry(path, None) for path in sorted(folders)]
     write_archive(output, [*entries, *(Entry(path, data, 0o644) for path, data in sorted(files.items()))])
     output.write(bytes(-output.tell() % _BLOCK))
     return output.getvalue()
+
+
+def encode_behind(end: End, files: Mapping[str, bytes]) -> bytes:
+    """Return what stands behind an initramfs that ends so, for every kernel to unpack an archive of these files, too.
+
+    An archive has to begin at a multiple of 4 bytes. Behind a stream of LZ4 stands more of that stream: until 5.11, the
+    kernel took whatever followed one, zeros included, for blocks of it.
+    """
+    archive = encode_archive(files)
+    if end.packing == "lz4" and not end.zeros:
+        return pack_lz4(bytes(-end.unpacked % _ALIGNMENT) + archive)
+    return bytes(_BLOCK + -end.size % _BLOCK) + archive
 
 
 def _write_member(output: BinaryIO, member: Entry, number: int) -> None:

@@ -39,6 +39,10 @@ _LZ4_BLOCK = 8 * MIB
 _ERRORS = (zlib.error, OSError, EOFError, lzma.LZMAError, zstandard.ZstdError, lz4.block.LZ4BlockError)
 
 
+class NotReadHereError(BadStructureError):
+    """It may be sound, but it is packed in a way that is not read here, or larger than what is."""
+
+
 class Engine(Protocol):
     """Unpacks one stream."""
 
@@ -65,11 +69,11 @@ class Engine(Protocol):
 def find_packing(magic: bytes) -> str:
     """Return how a stream with these first 8 bytes is packed: `gzip`, `xz`, …; empty if it is not, as far as we know.
 
-    Raises BadStructureError for a way that is not read here.
+    Raises NotReadHereError for a way that is not read here.
     """
     found = next((name for start, name in _MAGICS if magic.startswith(start)), "")
     if found and found not in _ENGINES:
-        raise BadStructureError(f"it is packed with {found.upper()}, which remetal does not read")
+        raise NotReadHereError(f"it is packed with {found.upper()}, which remetal does not read")
     return found
 
 
@@ -122,6 +126,15 @@ def unpack_whole(data: bytes, *, limit: int) -> bytes:
         if size > limit:
             raise BadStructureError(f"it is larger than {limit} bytes when it is unpacked")
     return b"".join(pieces)
+
+
+def pack_lz4(data: bytes) -> bytes:
+    """Return a stream of LZ4 as the kernel takes it; several may stand one behind the other."""
+    blocks = [
+        lz4.block.compress(data[at : at + _LZ4_BLOCK], store_size=False) for at in range(0, len(data), _LZ4_BLOCK)
+    ]
+    numbers = [_LZ4_MAGIC, *(len(each) for each in blocks)]
+    return b"".join(number.to_bytes(4, "little") + block for number, block in zip(numbers, (b"", *blocks), strict=True))
 
 
 class _Zlib:
@@ -220,7 +233,7 @@ class _Lz4:
         self._rest += data
         block = self._block()
         if block is None:
-            self._ended = at_end and not self._rest
+            self._ended = at_end and not self._rest.strip(b"\0")  # fewer zeros than a size has
             return b""
         if block == 0:
             self._ended = True

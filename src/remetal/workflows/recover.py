@@ -237,6 +237,7 @@ def _make_request(answer: Answer, places: Places) -> RestoreRequest:
         keys=tuple(_read_luks_keys(answer, places)),
         drivers=None if answer.drivers is None else places.path(answer.drivers),
         regenerate=answer.regenerate,
+        nics=tuple(f"{old}={new}" for old, new in answer.nic.items()),
     )
 
 

@@ -22,6 +22,7 @@ from remetal.adapt.kernels.bootability import Outcome
 from remetal.adapt.kernels.drivers import Drivers, opened_drivers
 from remetal.adapt.kernels.predict import Prediction, predict_systems
 from remetal.adapt.kernels.survey import Hardware
+from remetal.adapt.network import Network
 from remetal.errors import RefusedError, RemetalError, UnfinishedError, UsageError
 from remetal.events import Note, Report, Step, Warn, silent
 from remetal.image.copy import restore_files
@@ -59,6 +60,7 @@ from remetal.workflows.access import (
 )
 from remetal.workflows.bootability import read_inventory, shown_images
 from remetal.workflows.leftout import with_left_out
+from remetal.workflows.network import network_of, with_nics
 from remetal.workflows.passphrases import AskPassphrase, ask_for_key
 from remetal.workflows.stores import opened_store
 
@@ -96,6 +98,8 @@ class RestoreRequest:
     inventory: Path | None = None
     drivers: Path | None = None
     regenerate: bool = False
+    nics: tuple[str, ...] = ()
+    """`OLD=NEW`: which network card of the captured machine becomes which one of the target."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +122,7 @@ class Prepared:
     systems: tuple[Prediction, ...] | None = None
     """What will become of each installed system on that hardware; None if that was not looked at."""
     kernels: KernelChoices = AS_USUAL
+    network: Network | None = None
 
 
 @dataclass(slots=True)
@@ -168,7 +173,8 @@ def prepared_restore(
         disks = {disk.name for disk in whole.disks}
         layout = _limited(whole, request.only)
         mapping = parse_mapping(request.mapping, layout)
-        targets = _find_targets(layout, mapping, request, opened.folder, report)
+        recorded = None if request.onto is None else read_machine(Path(request.onto))
+        targets = _find_targets(layout, mapping, request, recorded, opened.folder, report)
         images = {
             image.volume: ImageFacts(size=image.size, used=image.used, digest=image.digest) for image in snapshot.images
         }
@@ -189,11 +195,13 @@ def prepared_restore(
             overwrite=[str(Path(path).resolve()) for path in request.overwrite],
         )
         plan = with_left_out(plan, snapshot)
+        hardware = _find_hardware(request, targets, recorded)
+        nics = hardware.inventory.nics if hardware is not None else None
+        plan = with_nics(plan, whole, nics, request.nics)
         if request.onto is None:
             need_step_programs(plan.steps)
             need_no_twins(plan.steps, [Path(target.path) for target in targets.values()])
         keys: tuple[Key, ...] = ()
-        hardware = _find_hardware(request, targets)
         if hardware is None and (request.drivers is not None or request.regenerate):
             raise UsageError(
                 "drivers are fitted to a machine, and nobody said for which one the disk files are",
@@ -217,6 +225,7 @@ def prepared_restore(
             hardware,
             systems,
             KernelChoices(drivers, request.regenerate),
+            network_of(plan, whole, nics),
         )
 
 
@@ -258,6 +267,7 @@ def apply_restore(
                     kernels=prepared.kernels,
                     moved=prepared.plan.moved,
                     kept=_find_kept(prepared.plan),
+                    network=prepared.network,
                     report=report,
                 )
     except UnfinishedError:
@@ -325,14 +335,20 @@ def _limited(layout: Layout, only: tuple[str, ...]) -> Layout:
 
 
 def _find_targets(
-    layout: Layout, mapping: dict[str, Path], request: RestoreRequest, folder: Path | None, report: Report
+    layout: Layout,
+    mapping: dict[str, Path],
+    request: RestoreRequest,
+    machine: Layout | None,
+    folder: Path | None,
+    report: Report,
 ) -> dict[str, Target]:
     """Return a target for every source disk: those that the user mapped, the others by what they are.
 
-    `folder` is where the repository lies, if that is on this machine.
+    `machine` is the record of another machine, if its disks are meant; `folder` is where the repository lies, if it
+    is on this one.
     """
-    own = request.onto is None
-    recorded = () if request.onto is None else targets_of_machine(read_machine(Path(request.onto)))
+    own = machine is None
+    recorded = () if machine is None else targets_of_machine(machine)
 
     def look_at(path: Path, size: int) -> Target:
         if not own:
@@ -478,14 +494,13 @@ def _find_kept(plan: Plan) -> frozenset[SpaceId]:
     return frozenset({fate.volume for fate in plan.fates if fate.action == "kept"} | (tables - written))
 
 
-def _find_hardware(request: RestoreRequest, targets: Mapping[str, Target]) -> Hardware | None:
+def _find_hardware(request: RestoreRequest, targets: Mapping[str, Target], recorded: Layout | None) -> Hardware | None:
     """Return what the restored system is to run on: the recorded machine, or this one if the targets are its disks."""
     names = {name: target.name for name, target in targets.items()}
     if request.inventory is not None:
         return Hardware(read_inventory(request.inventory))
-    if request.onto is not None:
-        recorded = read_machine(Path(request.onto)).inventory
-        return None if recorded is None else Hardware(recorded, names)
+    if recorded is not None:
+        return None if recorded.inventory is None else Hardware(recorded.inventory, names)
     if all(not target.is_file for target in targets.values()):
         return Hardware(probe_inventory(), names)
     return None

@@ -6,7 +6,7 @@ has it, too. Where nothing is missing, nothing is touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from remetal.adapt.change import Adaptation, Change
 from remetal.adapt.kernels.appended import find_files
 from remetal.adapt.kernels.boot_files import BootFile, find_boot_folders
 from remetal.adapt.kernels.bootability import Outcome
-from remetal.adapt.kernels.configuration import plan_configuration
+from remetal.adapt.kernels.configuration import plan_configuration, plan_naming
 from remetal.adapt.kernels.drivers import NONE, Drivers, describe_misfits, install_drivers
 from remetal.adapt.kernels.generators import SERVICE, SERVICE_LINK, DropIn, find_program, plan_drop_in, plan_service
 from remetal.adapt.kernels.initramfs import Generator
@@ -22,12 +22,13 @@ from remetal.adapt.kernels.modules import list_versions
 from remetal.adapt.kernels.regenerate import opened_to_run, regenerate_initramfs
 from remetal.adapt.kernels.survey import INNER, Examined, Hardware, examine_kernels, find_firmware
 from remetal.adapt.restored import Restored
-from remetal.adapt.rooted import find_file, find_inside, link_inside, read_inside, write_inside
+from remetal.adapt.rooted import create_inside, find_file, find_inside, link_inside, read_inside
 from remetal.adapt.roots import System, open_root
 from remetal.adapt.text import TextPlan, diff_texts
 from remetal.errors import RemetalError
 from remetal.events import Report, Step, Warn
-from remetal.ondisk.cpio_write import encode_archive
+from remetal.ondisk.cpio import probe_end
+from remetal.ondisk.cpio_write import encode_behind
 from remetal.units import format_bytes
 
 _SYSTEMD = ("/usr/lib/systemd/systemd", "/lib/systemd/systemd")
@@ -37,7 +38,8 @@ _SYSTEMD = ("/usr/lib/systemd/systemd", "/lib/systemd/systemd")
 class Addition:
     """What is put behind the initramfs of a kernel, and what is in it.
 
-    That is modules, of which `loaded` are loaded by name, and `texts`, files that name the storage.
+    That is modules, of which `loaded` are loaded by name, and `texts`, files that name the storage; `files` are all of
+    them by their paths in it.
     """
 
     version: str
@@ -47,7 +49,7 @@ class Addition:
     loaded: tuple[str, ...]
     texts: tuple[TextPlan, ...]
     why: tuple[str, ...]
-    archive: bytes
+    files: Mapping[str, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,7 @@ def plan_additions(system: System, root: Path, examined: Sequence[Examined]) -> 
         verdict, modules, initramfs = each.verdict, each.modules, each.initramfs
         if verdict.outcome is Outcome.CANNOT or modules is None or initramfs is None:
             continue
-        texts = tuple(plan_configuration(initramfs, system.identities))
+        texts = (*plan_configuration(initramfs, system.identities), *plan_naming(root, initramfs))
         present = initramfs.modules.get(modules.version, frozenset[str]())
         added = tuple(name for name in modules.closure(verdict.missing, soft=True) if name not in present)
         if texts or added or verdict.unloaded:
@@ -138,7 +140,7 @@ def plan_additions(system: System, root: Path, examined: Sequence[Examined]) -> 
                 loaded=verdict.unloaded,
                 texts=texts,
                 why=verdict.reasons,
-                archive=encode_archive(files),
+                files=files,
             )
 
 
@@ -168,10 +170,12 @@ def _append(
             for folder in sorted(folders, key=lambda found: -len(found.point))
             if each.file.startswith(f"{folder.point}/")
         )
-        size = len(each.archive)
+        with file.open() as opened:
+            archive = encode_behind(probe_end(opened), each.files)
+        size = len(archive)
         report(Step(f"Putting {format_bytes(size)} behind {each.file}"))
         try:
-            file.append(each.archive)
+            file.append(archive)
         except RemetalError as error:
             if number == 0:
                 raise
@@ -210,5 +214,5 @@ def _leave(root: Path, generator: Generator, additions: Sequence[Addition], *, l
 
 def _write(root: Path, file: DropIn, what: str) -> Adaptation:
     old = (read_inside(root, file.path) or b"").decode("utf-8", "surrogateescape")
-    write_inside(root, file.path, file.text.encode(), file.mode)
+    create_inside(root, file.path, file.text.encode(), file.mode)
     return Adaptation((Change(file.path, what, diff_texts(file.path, old, file.text)),), bytes_written=len(file.text))

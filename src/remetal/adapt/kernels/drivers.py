@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 
 from remetal.adapt.change import Adaptation, Change
 from remetal.adapt.kernels.modules import Modules, module_name
-from remetal.adapt.rooted import find_inside, read_inside, write_inside
+from remetal.adapt.rooted import create_inside, find_inside, read_inside
 from remetal.errors import RemetalError, UsageError
 from remetal.ondisk.packed import unpack_whole
 from remetal.system.run import ProgramFailedError, run
@@ -126,7 +126,7 @@ def install_drivers(root: Path, drivers: Drivers, versions: Sequence[str]) -> Ad
             data = unpack_whole(each.path.read_bytes(), limit=_LARGEST)
             if read_inside(root, path, limit=_LARGEST) == data:
                 continue
-            write_inside(root, path, data)
+            create_inside(root, path, data)
             what = f"added from {each.path}" + ("" if each.signed else "; it is not signed: no use under Secure Boot")
             done += Adaptation((Change(path, what),), bytes_written=len(data))
         _index(root, version)

@@ -29,6 +29,8 @@ _STORAGE = re.compile(
     r"lvm/devices/system\.devices)"
 )
 """What names the storage that the root is on."""
+_NAMING = re.compile(r"etc/(?:systemd/network/[^/]+\.link|udev/rules\.d/[^/]+\.rules)")
+"""What names network cards."""
 _LIST_MAX = 1 * MIB
 _MARKS: tuple[tuple[Generator, re.Pattern[str]], ...] = (
     ("initramfs-tools", re.compile(r"conf/initramfs\.conf|conf/arch\.conf|scripts/functions")),
@@ -44,8 +46,8 @@ class Initramfs:
 
     `modules` are names by kernel version; `library` is where they lie, with no link on the way (`usr/lib/modules`;
     empty if there are none). `loads` are those that it loads by name. `texts` are the files that say so, and those that
-    name the storage. `firmware` is below lib/firmware, `programs` by their last names. `packing` is how its last stream
-    is packed.
+    name the storage and network cards. `firmware` is below lib/firmware, `programs` by their last names. `packing` is
+    how its last stream is packed.
     """
 
     generator: Generator
@@ -128,7 +130,7 @@ def parse_loads(path: str, text: str) -> set[str]:
 
 
 def _is_wanted(name: str, size: int) -> bool:
-    return size <= _LIST_MAX and (_says_what_to_load(name) or _STORAGE.fullmatch(name) is not None)
+    return size <= _LIST_MAX and (_says_what_to_load(name) or any(each.fullmatch(name) for each in (_STORAGE, _NAMING)))
 
 
 def _says_what_to_load(name: str) -> bool:

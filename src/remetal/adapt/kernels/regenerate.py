@@ -19,7 +19,7 @@ from remetal.adapt.kernels.generators import PROGRAMS, Program
 from remetal.adapt.kernels.installed import find_kernels
 from remetal.adapt.kernels.modules import list_versions
 from remetal.adapt.restored import Restored
-from remetal.adapt.rooted import find_file, find_inside, write_inside
+from remetal.adapt.rooted import create_inside, find_file, find_inside
 from remetal.adapt.roots import System, open_root
 from remetal.errors import RemetalError
 from remetal.events import Report, Step
@@ -98,7 +98,7 @@ def _kept(system: System, restored: Restored, root: Path) -> Iterator[Sequence[s
         except BaseException:
             for path, copy in files.items():
                 copy.seek(0)
-                write_inside(root, path, copy.read())
+                create_inside(root, path, copy.read())
             raise
 
 
@@ -107,7 +107,7 @@ def _all_drivers(root: Path, program: Program) -> Iterator[None]:
     if program.generator != "initramfs-tools":
         yield
         return
-    write_inside(root, _DEP, b"# remetal makes this initramfs, and removes this file.\nMODULES=most\n")
+    create_inside(root, _DEP, b"# remetal makes this initramfs, and removes this file.\nMODULES=most\n")
     try:
         yield
     finally:
