@@ -21,9 +21,9 @@ _HEAD = f"""# Machines that are backed up while they work
 This page is made by `make test-live` from what it has seen. Each machine is a virtual one with Debian's own kernel, on
 an emulated processor, so every time is much longer than on a real one. Its database keeps its files, its log and one
 table on three volumes, which stand on different things. {CLIENTS} clients outside of the machine commit one transaction
-after the other, each in two tables, and write down which were acknowledged; pgbench (or, for MariaDB, who replaces rows as
-fast as it can) works beside them. Meanwhile `remetal backup --freeze-limit {FREEZE_LIMIT}` is run on all that the
-machine uses: into an empty repository, gently (`{GENTLE}`) into another one, and into the first one again. Then the
+after the other, each in two tables, and write down which were acknowledged; pgbench (or, for MariaDB, who replaces
+rows as fast as it can) works beside them. Meanwhile `remetal backup --freeze-limit {FREEZE_LIMIT}` is run on all that
+the machine uses: into an empty repository, gently (`{GENTLE}`) into another one, and into the first one again. Then the
 machine is switched off, its disks are wiped, the recovery medium restores them by itself, and the machine starts.
 
 In each of the backups every file system has to be read from a snapshot if it lies on LVM-thin, else while the kernel
