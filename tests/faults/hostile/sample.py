@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from remetal.layout.model import Inventory, Layout, Luks, Nic
+from remetal.layout.model import Inventory, Layout, Link, Luks, Nic, Route
 from remetal.layout.record import encode_layout
 from tests.sample_layout import sample
 
@@ -25,8 +25,26 @@ _INVENTORY = Inventory(
     cores=2,
     memory=1 << 30,
     kernel="6.1",
-    nics=(Nic(name="eth0", mac="02:00:00:00:00:01", driver="e1000", place="pci-0000:00:03.0"),),
+    nics=(
+        Nic(
+            name="eth0",
+            mac="02:00:00:00:00:01",
+            driver="e1000",
+            place="pci-0000:00:03.0",
+            permanent="02:00:00:00:00:01",
+            kind="wlan",
+            path="pci-0000:00:03.0",
+            properties=("ID_NET_NAME_PATH=enp0s3",),
+        ),
+    ),
     modaliases=("pci:v00008086d0000100E",),
+    routes=(
+        Route(
+            kind="disk",
+            name="sda",
+            links=(Link(modalias="pci:v00008086d00002922", driver="ahci", module="ahci"),),
+        ),
+    ),
 )
 
 
